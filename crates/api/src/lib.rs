@@ -1,0 +1,2 @@
+//! The control protocol: requests, replies, errors, client.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! An image: the tree of what the blocks are and where they lie.
+#![forbid(unsafe_code)]

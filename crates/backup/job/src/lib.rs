@@ -1,0 +1,2 @@
+//! The jobs: backup, restore, verify, and why a backup is not incremental.
+#![forbid(unsafe_code)]

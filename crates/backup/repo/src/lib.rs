@@ -1,0 +1,2 @@
+//! A repository: objects, packs, claims and the commit.
+#![forbid(unsafe_code)]

@@ -1,0 +1,14 @@
+//! Every byte that outlives the process or leaves it, and how it is checked.
+//!
+//! One module is one file type. A module declares its structures with [`on_disk!`], which
+//! fixes each offset at compile time and yields the table that `docs/format.md` shows.
+//! Decoding never panics, never trusts a length, and never returns unchecked data.
+#![forbid(unsafe_code)]
+#![warn(clippy::arithmetic_side_effects)]
+
+mod layout;
+
+pub use layout::{Field, Layout};
+
+/// Layouts of all structures, in the order of `docs/format.md`.
+pub const LAYOUTS: &[Layout] = &[];

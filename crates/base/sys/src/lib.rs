@@ -1,0 +1,1 @@
+//! Every unsafe line: mapped memory, rings, FUSE, loop, locks, processes, descriptors.

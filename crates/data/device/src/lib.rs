@@ -1,0 +1,2 @@
+//! The backing device: direct transfers, flush, identity, geometry, fence.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! What happens to a write. State machines only: no I/O, no clock, no thread.
+#![forbid(unsafe_code)]

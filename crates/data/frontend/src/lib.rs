@@ -1,0 +1,2 @@
+//! Where requests come from: FUSE under a loop device.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! End to end, by real processes: one file a requirement.
+#![forbid(unsafe_code)]
