@@ -6,8 +6,11 @@
 #![forbid(unsafe_code)]
 #![warn(clippy::arithmetic_side_effects)]
 
+mod error;
 mod layout;
+pub mod manifest;
 
+pub use error::FormatError;
 pub use layout::{Field, Layout};
 
 /// Layouts of all structures, in the order of `docs/format.md`.
