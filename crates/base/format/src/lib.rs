@@ -9,6 +9,7 @@
 mod error;
 mod layout;
 pub mod manifest;
+pub mod shared;
 
 pub use error::FormatError;
 pub use layout::{Field, Layout};
