@@ -1,2 +1,46 @@
-//! End to end, by real processes: one file a requirement.
+//! What the end-to-end tests share: an instance of blktide, devices, file systems, writers that keep the truth.
+//!
+//! ```text
+//!  tests/NAME.rs ──▶ Instance (own folder, blktided, blktidectl)      what is tested
+//!       │        ──▶ LoopDevice, Mounted, fsck, Fio                   the kernel and other people's tools
+//!       └───────────▶ Recorder, compare, DeviceCounters               the oracle: never a reader of ours
+//! ```
+//! **Invariant**: whatever a test does, and however it ends, nothing is left: each type undoes in `drop` what it
+//! did, and `Instance` ends by pid each process that bears its folder in its command line.
+//!
+//! A test file opens with two lines that `cargo xtask test` reads:
+//! ```text
+//! //! needs: root, loop, fuse, fio          (see xtask's probes)
+//! //! limit: 180 s                          (then its process group is killed, and it has failed)
+//! ```
+//! With `BLKTIDE_TEST_LONG=1` (`cargo xtask test --long`) the counts are those of a release: see [`count`].
 #![forbid(unsafe_code)]
+
+mod clock;
+mod compare;
+mod counters;
+mod devices;
+mod fio;
+mod instance;
+mod recorder;
+mod run;
+mod seed;
+
+pub use clock::{Stopwatch, wait_until};
+pub use compare::{blocks_that_differ, copy_sparse, same_bytes, same_trees};
+pub use counters::DeviceCounters;
+pub use devices::{FileSystem, LoopDevice, Mounted, backing_file, make_file};
+pub use fio::{Fio, FioRun};
+pub use instance::{Instance, Reply, binary};
+pub use recorder::{Record, Recorder, UNIT, open_direct, write_block};
+pub use run::{Finished, Tool, kill, pids_naming};
+pub use seed::Seed;
+
+/// `short` in CI, `long` under `cargo xtask test --long`.
+pub fn count(short: u64, long: u64) -> u64 {
+    if std::env::var_os("BLKTIDE_TEST_LONG").is_some() {
+        long
+    } else {
+        short
+    }
+}

@@ -1,0 +1,197 @@
+//! Files, loop devices, file systems and mounts, undone when dropped.
+
+use anyhow::{Context, Result, ensure};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use crate::run::Tool;
+
+/// A new sparse file of `bytes`.
+pub fn make_file(path: &Path, bytes: u64) -> Result<()> {
+    let file = File::create_new(path).with_context(|| path.display().to_string())?;
+    file.set_len(bytes)?;
+    Ok(())
+}
+
+/// The file under a loop device (`/dev/loop3` or a symlink to it), as the kernel names it.
+pub fn backing_file(device: &Path) -> Result<PathBuf> {
+    let real = fs::canonicalize(device)?;
+    let name = real.file_name().context("a device has a name")?;
+    let path = Path::new("/sys/class/block")
+        .join(name)
+        .join("loop/backing_file");
+    Ok(PathBuf::from(fs::read_to_string(path)?.trim_end()))
+}
+
+/// A loop device of our own over a file: a block device whose counters only this test moves.
+#[derive(Debug)]
+pub struct LoopDevice {
+    path: PathBuf,
+}
+
+impl LoopDevice {
+    /// Over `file`, with direct I/O and sectors of `sector_bytes`.
+    pub fn new(file: &Path, sector_bytes: u32) -> Result<Self> {
+        let done = Tool::new("losetup")
+            .args(["--find", "--show", "--direct-io=on", "--sector-size"])
+            .arg(sector_bytes.to_string())
+            .arg(file)
+            .run()?
+            .ok()?;
+        Ok(Self {
+            path: PathBuf::from(done.stdout.trim()),
+        })
+    }
+
+    /// `/dev/loopN`.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        drop(Tool::new("losetup").arg("--detach").arg(&self.path).run());
+    }
+}
+
+/// The file systems that are tested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileSystem {
+    /// ext4.
+    Ext4,
+    /// XFS.
+    Xfs,
+}
+
+impl FileSystem {
+    /// `ext4`, `xfs`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+        }
+    }
+
+    /// Makes one on `target`, a device or a file.
+    pub fn make(self, target: &Path) -> Result<()> {
+        let tool = match self {
+            // Nothing left to a thread of the kernel: what is on the device after mkfs stays as it is.
+            Self::Ext4 => Tool::new("mkfs.ext4").args(["-q", "-F", "-E", "lazy_itable_init=0"]),
+            Self::Xfs => Tool::new("mkfs.xfs").args(["-q", "-f"]),
+        };
+        tool.arg(target).limit(120).run()?.ok()?;
+        Ok(())
+    }
+
+    /// Fails unless the file system on `target` is without fault after its journal was replayed, as after a power
+    /// cut. Writes to `target`: give it a copy.
+    pub fn replay_and_check(self, target: &Path, scratch: &Path) -> Result<()> {
+        match self {
+            Self::Ext4 => {
+                let done = Tool::new("e2fsck")
+                    .args(["-f", "-p"])
+                    .arg(target)
+                    .limit(300)
+                    .run()?;
+                ensure!(
+                    matches!(done.code, Some(0 | 1)),
+                    "e2fsck -fp {}: {:?}\n{}{}",
+                    target.display(),
+                    done.code,
+                    done.stdout,
+                    done.stderr
+                );
+                Tool::new("e2fsck")
+                    .args(["-f", "-n"])
+                    .arg(target)
+                    .limit(300)
+                    .run()?
+                    .ok()?;
+            }
+            Self::Xfs => {
+                drop(Mounted::new(target, scratch, &["-o", "nouuid"])?);
+                Tool::new("xfs_repair")
+                    .args(["-n", "-f"])
+                    .arg(target)
+                    .limit(300)
+                    .run()?
+                    .ok()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails unless a cleanly unmounted file system on `target` is without fault. Writes nothing.
+    pub fn check(self, target: &Path) -> Result<()> {
+        match self {
+            Self::Ext4 => Tool::new("e2fsck").args(["-f", "-n"]),
+            Self::Xfs => Tool::new("xfs_repair").arg("-n"),
+        }
+        .arg(target)
+        .limit(300)
+        .run()?
+        .ok()?;
+        Ok(())
+    }
+}
+
+/// A mounted file system.
+#[derive(Debug)]
+pub struct Mounted {
+    dir: PathBuf,
+    over: bool,
+}
+
+impl Mounted {
+    /// Mounts `device` (or a file, then by a loop device of mount's) at `dir`, which is made.
+    pub fn new(device: &Path, dir: &Path, options: &[&str]) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        Tool::new("mount")
+            .args(options)
+            .arg(device)
+            .arg(dir)
+            .run()?
+            .ok()?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            over: false,
+        })
+    }
+
+    /// The mount point.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// `dir/name`.
+    pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Writes back what is cached.
+    pub fn sync(&self) -> Result<()> {
+        Tool::new("sync")
+            .arg("--file-system")
+            .arg(&self.dir)
+            .limit(120)
+            .run()?
+            .ok()?;
+        Ok(())
+    }
+
+    /// Unmounts, and fails if that fails.
+    pub fn unmount(mut self) -> Result<()> {
+        self.over = true;
+        Tool::new("umount").arg(&self.dir).limit(120).run()?.ok()?;
+        Ok(())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if !self.over {
+            drop(Tool::new("umount").arg(&self.dir).limit(60).run());
+        }
+    }
+}
