@@ -2,6 +2,7 @@
 //! needs: root, loop, fuse, mkfs.ext4
 //! limit: 240 s
 #![forbid(unsafe_code)]
+#![cfg(test)]
 
 use anyhow::Result;
 use blktide_tests::Instance;
