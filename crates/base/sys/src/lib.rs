@@ -22,7 +22,7 @@ pub mod mapping;
 pub mod memfd;
 // pub mod mounts;
 // pub mod process;
-// pub mod ring;
+pub mod ring;
 pub mod socket;
 // pub mod spawn;
 
