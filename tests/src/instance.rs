@@ -360,26 +360,81 @@ impl Drop for Instance {
                 eprintln!("--- blktided.log\n{}", self.log_tail());
             }
         }
-        // While servers live the loop devices can write back and go; afterwards the mounts can.
+        // While servers live the loop devices can write back and go.
         unmount_below(&self.root, false);
         clear_loops_below(&self.root);
         if let Some(mut child) = self.daemon.take() {
             drop(kill(child.id(), "KILL"));
             drop(child.wait());
         }
-        let name = self.root.display().to_string();
-        // A keeper may start a server between look and kill: again until there is none.
-        drop(wait_until("processes end", Duration::from_secs(10), || {
-            let pids = pids_naming(&name);
-            for pid in &pids {
-                drop(kill(*pid, "KILL"));
-            }
-            Ok(pids.is_empty())
-        }));
-        unmount_below(&self.root, true);
-        clear_loops_below(&self.root);
-        drop(fs::remove_dir_all(&self.root));
+        leave_nothing(&self.root);
     }
+}
+
+/// Ends and removes all that belongs to an instance's folder: processes that name it, mounts, loop devices, itself.
+pub fn leave_nothing(root: &Path) {
+    unmount_below(root, false);
+    clear_loops_below(root);
+    let name = root.display().to_string();
+    // A keeper may start a server between look and kill: again until there is none.
+    drop(wait_until("processes end", Duration::from_secs(10), || {
+        let pids = pids_naming(&name);
+        for pid in &pids {
+            drop(kill(*pid, "KILL"));
+        }
+        Ok(pids.is_empty())
+    }));
+    unmount_below(root, true);
+    clear_loops_below(root);
+    drop(fs::remove_dir_all(root));
+}
+
+/// What is there of any instance whose folder's name contains `part`: mounts, loop devices, processes, folders.
+pub fn remains(part: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    for target in mounts.lines().filter_map(|l| l.split(' ').nth(4)) {
+        if target.contains(part) {
+            found.push(format!("mounted: {target}"));
+        }
+    }
+    for (device, backing) in loops() {
+        if backing.display().to_string().contains(part) {
+            found.push(format!(
+                "looped: {} on {}",
+                device.display(),
+                backing.display()
+            ));
+        }
+    }
+    for pid in pids_naming(part) {
+        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        found.push(format!(
+            "running: {pid} {}",
+            String::from_utf8_lossy(&words).replace('\0', " ")
+        ));
+    }
+    for entry in fs::read_dir("/var/tmp").into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().contains(part) {
+            found.push(format!("lying about: {}", entry.path().display()));
+        }
+    }
+    found
+}
+
+/// Each bound loop device and its file.
+fn loops() -> Vec<(PathBuf, PathBuf)> {
+    let entries = fs::read_dir("/sys/class/block")
+        .into_iter()
+        .flatten()
+        .flatten();
+    entries
+        .filter_map(|entry| {
+            let backing = fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
+            let device = Path::new("/dev").join(entry.file_name());
+            Some((device, PathBuf::from(backing.trim_end())))
+        })
+        .collect()
 }
 
 /// Unmounts what is mounted below `root`, youngest first; `fuse` says whether our own mounts go as well.
@@ -402,15 +457,8 @@ fn unmount_below(root: &Path, fuse: bool) {
 
 /// Clears each loop device whose file lies below `root`.
 fn clear_loops_below(root: &Path) {
-    for entry in fs::read_dir("/sys/class/block")
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
-        let backing =
-            fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
-        if Path::new(backing.trim_end()).starts_with(root) {
-            let device = Path::new("/dev").join(entry.file_name());
+    for (device, backing) in loops() {
+        if backing.starts_with(root) {
             drop(
                 Tool::new("losetup")
                     .arg("--detach")

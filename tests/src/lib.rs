@@ -31,9 +31,9 @@ pub use compare::{blocks_that_differ, copy_sparse, same_bytes, same_trees};
 pub use counters::DeviceCounters;
 pub use devices::{FileSystem, LoopDevice, Mounted, backing_file, make_file};
 pub use fio::{Fio, FioRun};
-pub use instance::{Instance, Reply, binary};
+pub use instance::{Instance, Reply, binary, leave_nothing, remains};
 pub use recorder::{Record, Recorder, UNIT, open_direct, write_block};
-pub use run::{Finished, Tool, kill, pids_naming};
+pub use run::{Finished, Running, Tool, kill, pids_naming};
 pub use seed::Seed;
 
 /// `short` in CI, `long` under `cargo xtask test --long`.

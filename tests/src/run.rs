@@ -101,6 +101,13 @@ impl Tool {
         self
     }
 
+    /// The folder it runs in.
+    #[must_use]
+    pub fn folder(mut self, folder: &std::path::Path) -> Self {
+        self.command.current_dir(folder);
+        self
+    }
+
     /// The longest it may run, in seconds; then its process group is killed and the run is an error.
     #[must_use]
     pub fn limit(mut self, seconds: u64) -> Self {

@@ -1,5 +1,5 @@
 //! A cancelled backup forgets nothing.
-//! needs: root, loop, fuse, mkfs.ext4
+//! needs: root, loop, fuse, ext4
 //! limit: 240 s
 #![forbid(unsafe_code)]
 #![cfg(test)]
