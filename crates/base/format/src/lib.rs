@@ -4,11 +4,22 @@
 //! fixes each offset at compile time and yields the table that `docs/format.md` shows.
 //! Decoding never panics, never trusts a length, and never returns unchecked data.
 #![forbid(unsafe_code)]
+#![expect(
+    missing_debug_implementations,
+    reason = "zerocopy's derives make types of their own that the lint sees inside a macro"
+)]
 #![warn(clippy::arithmetic_side_effects)]
 
+pub mod bitmap_file;
+pub mod claim;
+pub mod entry;
 mod error;
 mod layout;
 pub mod manifest;
+pub mod object;
+pub mod page;
+pub mod repository;
+pub mod marker;
 pub mod shared;
 
 pub use error::FormatError;
