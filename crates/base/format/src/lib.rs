@@ -16,14 +16,27 @@ pub mod entry;
 mod error;
 mod layout;
 pub mod manifest;
+pub mod marker;
 pub mod object;
 pub mod page;
 pub mod repository;
-pub mod marker;
+pub mod runs;
 pub mod shared;
 
 pub use error::FormatError;
 pub use layout::{Field, Layout};
 
 /// Layouts of all structures, in the order of `docs/format.md`.
-pub const LAYOUTS: &[Layout] = &[];
+pub const LAYOUTS: &[Layout] = &[
+    object::ObjectHeader::LAYOUT,
+    repository::RepositoryBody::LAYOUT,
+    claim::ClaimBody::LAYOUT,
+    claim::EndBody::LAYOUT,
+    entry::EntryHeader::LAYOUT,
+    page::PageHead::LAYOUT,
+    page::PlaceRecord::LAYOUT,
+    manifest::ManifestHead::LAYOUT,
+    manifest::RootRecord::LAYOUT,
+    manifest::SectionRecord::LAYOUT,
+    manifest::PackRecord::LAYOUT,
+];
