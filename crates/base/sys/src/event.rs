@@ -126,6 +126,10 @@ pub enum Signals {
 }
 
 impl Signals {
+    pub(crate) const fn number(self) -> i32 {
+        self.nix() as i32
+    }
+
     pub(crate) const fn nix(self) -> Signal {
         match self {
             Self::Reload => Signal::SIGHUP,

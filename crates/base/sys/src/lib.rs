@@ -8,7 +8,7 @@
     reason = "the one crate that speaks to the kernel directly; tidy checks that it is the one"
 )]
 
-// pub mod blockdev;
+pub mod blockdev;
 pub mod buffer;
 pub mod clock;
 mod error;
@@ -17,14 +17,14 @@ pub mod fence;
 pub mod fs;
 pub mod fuse;
 pub mod host;
-// pub mod loopdev;
+pub mod loopdev;
 pub mod mapping;
 pub mod memfd;
 pub mod mounts;
-// pub mod process;
+pub mod process;
 pub mod ring;
 pub mod socket;
-// pub mod spawn;
+pub mod spawn;
 
 pub use error::{Errno, SysError};
 

@@ -1,0 +1,476 @@
+//! Facts of block devices: size, sectors, alignment, counters, who uses them.
+//!
+//! Read from sysfs and statx(2): nothing here opens a device for writing.
+
+use crate::Result;
+use crate::error::{SysError, check};
+use crate::mounts::{self, DeviceNumber, Mount};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// Alignment that direct I/O needs, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirectAlignment {
+    /// Of offset and length.
+    pub offset_bytes: u32,
+    /// Of the buffer's address.
+    pub memory_bytes: u32,
+}
+
+/// What direct I/O on an open file or device needs; `None` if it has none, or the kernel (before 6.1) does not say.
+pub fn direct_alignment(fd: &impl AsFd) -> Result<Option<DirectAlignment>> {
+    // SAFETY: struct statx is plain numbers; all zero is a value of it.
+    let mut found: libc::statx = unsafe { std::mem::zeroed() };
+    let (fd, mask) = (fd.as_fd().as_raw_fd(), libc::STATX_DIOALIGN);
+    // SAFETY: the path is an empty string with its zero; `found` is writable for the length of the call.
+    let asked =
+        check(unsafe { libc::statx(fd, c"".as_ptr(), libc::AT_EMPTY_PATH, mask, &raw mut found) });
+    asked.map_err(|e| SysError::call("statx", "", e))?;
+    if found.stx_mask & libc::STATX_DIOALIGN == 0 || found.stx_dio_offset_align == 0 {
+        return Ok(None);
+    }
+    Ok(Some(DirectAlignment {
+        offset_bytes: found.stx_dio_offset_align,
+        memory_bytes: found.stx_dio_mem_align,
+    }))
+}
+
+/// A block device, by number and by its folder in sysfs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockDevice {
+    number: DeviceNumber,
+    folder: PathBuf,
+}
+
+impl BlockDevice {
+    /// The device whose node stands at `path` (symlinks followed).
+    pub fn at(path: &Path) -> Result<Self> {
+        let found = std::fs::metadata(path).map_err(|e| SysError::call("stat", path, e))?;
+        if !found.file_type().is_block_device() {
+            return Err(SysError::unfit(path, "not a block device"));
+        }
+        Self::of_number(DeviceNumber::from_raw(found.rdev()))
+    }
+
+    /// The device of this number.
+    pub fn of_number(number: DeviceNumber) -> Result<Self> {
+        let link = PathBuf::from(format!("/sys/dev/block/{number}"));
+        let folder =
+            std::fs::canonicalize(&link).map_err(|e| SysError::call("realpath", link, e))?;
+        Ok(Self { number, folder })
+    }
+
+    /// The device under the file system of `path`, if that is one block device.
+    pub fn under(path: &Path) -> Result<Option<Self>> {
+        let number = crate::fs::device_of(path)?;
+        if number.major == 0 {
+            return Ok(None);
+        }
+        Self::of_number(number).map(Some)
+    }
+
+    /// Its number.
+    pub const fn number(&self) -> DeviceNumber {
+        self.number
+    }
+
+    /// Its kernel name: `sda1`, `loop3`.
+    pub fn name(&self) -> String {
+        self.folder
+            .file_name()
+            .map(|n| n.to_string_lossy().into_owned())
+            .unwrap_or_default()
+    }
+
+    /// Its node as the kernel names it: `/dev/sda1`.
+    pub fn node(&self) -> PathBuf {
+        Path::new("/dev").join(self.name().replace('!', "/"))
+    }
+
+    /// Its folder in sysfs.
+    pub fn sys_folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> Result<u64> {
+        Ok(self.number_in("size")?.saturating_mul(512))
+    }
+
+    /// Smallest unit that can be addressed, bytes.
+    pub fn logical_sector_bytes(&self) -> Result<u32> {
+        self.queue_u32("logical_block_size")
+    }
+
+    /// Unit that it writes without reading, bytes.
+    pub fn physical_sector_bytes(&self) -> Result<u32> {
+        self.queue_u32("physical_block_size")
+    }
+
+    /// Whether the kernel lets nobody write to it.
+    pub fn is_read_only(&self) -> Result<bool> {
+        Ok(self.number_in("ro")? != 0)
+    }
+
+    /// What was read and written since it appeared.
+    pub fn counters(&self) -> Result<Counters> {
+        let path = self.folder.join("stat");
+        let text = std::fs::read_to_string(&path).map_err(|e| SysError::call("read", &path, e))?;
+        let fields: Vec<u64> = text
+            .split_ascii_whitespace()
+            .filter_map(|f| f.parse().ok())
+            .collect();
+        let field = |i: usize| fields.get(i).copied();
+        Ok(Counters {
+            reads: field(0).unwrap_or(0),
+            sectors_read: field(2).unwrap_or(0),
+            writes: field(4).unwrap_or(0),
+            sectors_written: field(6).unwrap_or(0),
+            in_flight: field(8).unwrap_or(0),
+            sectors_discarded: field(13).unwrap_or(0),
+        })
+    }
+
+    /// Whether [`Self::counters`] are kept (`queue/iostats`).
+    pub fn counts(&self) -> bool {
+        self.queue_u32("iostats").is_ok_and(|v| v != 0)
+    }
+
+    /// Block devices built on it (dm, md, bcache …), by kernel name; also those built on its partitions.
+    pub fn holders(&self) -> Result<Vec<String>> {
+        let mut found = names_in(&self.folder.join("holders"))?;
+        for partition in self.partitions()? {
+            found.extend(names_in(&self.folder.join(partition).join("holders"))?);
+        }
+        Ok(found)
+    }
+
+    /// Its partitions, by kernel name.
+    pub fn partitions(&self) -> Result<Vec<String>> {
+        let all = names_in(&self.folder)?;
+        Ok(all
+            .into_iter()
+            .filter(|n| self.folder.join(n).join("partition").exists())
+            .collect())
+    }
+
+    /// Mounts of its file system, and of those of its partitions.
+    pub fn mounts(&self) -> Result<Vec<Mount>> {
+        let mut numbers = vec![self.number];
+        let mut names = vec![self.node()];
+        for partition in self.partitions()? {
+            names.push(Path::new("/dev").join(&partition));
+            let text = read_trimmed(&self.folder.join(partition).join("dev"))?;
+            numbers.extend(DeviceNumber::parse(&text));
+        }
+        let all = mounts::all()?;
+        Ok(all
+            .into_iter()
+            .filter(|m| numbers.contains(&m.device) || names.contains(&m.source))
+            .collect())
+    }
+
+    /// Whether it, or one of its partitions, is used as swap.
+    pub fn is_swap(&self) -> Result<bool> {
+        let path = "/proc/swaps";
+        let text = std::fs::read_to_string(path).map_err(|e| SysError::call("read", path, e))?;
+        let mut names: Vec<String> = self.partitions()?;
+        names.push(self.name());
+        let used = |line: &str| {
+            names
+                .iter()
+                .any(|n| line.split_ascii_whitespace().next() == Some(&format!("/dev/{n}")))
+        };
+        Ok(text.lines().any(used))
+    }
+
+    /// What the maker calls it, and its serial number, as far as they are known.
+    pub fn model_and_serial(&self) -> (Option<String>, Option<String>) {
+        let disk = self.disk_folder();
+        let text = |name: &str| {
+            read_trimmed(&disk.join("device").join(name))
+                .ok()
+                .filter(|t| !t.is_empty())
+        };
+        let serial = text("serial")
+            .or_else(|| {
+                read_trimmed(&disk.join("serial"))
+                    .ok()
+                    .filter(|t| !t.is_empty())
+            })
+            .or_else(|| text("wwid"));
+        (text("model"), serial)
+    }
+
+    /// Processes that have this device open, with why: seen in /proc/*/fd, so only what root may see.
+    pub fn openers(&self) -> Vec<Opener> {
+        let a_node = |to: &Path| to.starts_with("/dev");
+        let is_it = |found: &std::fs::Metadata| {
+            found.file_type().is_block_device()
+                && DeviceNumber::from_raw(found.rdev()) == self.number
+        };
+        openers(a_node, is_it)
+    }
+
+    fn disk_folder(&self) -> PathBuf {
+        match self.folder.parent() {
+            Some(parent) if self.folder.join("partition").exists() => parent.to_owned(),
+            _ => self.folder.clone(),
+        }
+    }
+
+    fn queue_u32(&self, name: &'static str) -> Result<u32> {
+        let path = self.disk_folder().join("queue").join(name);
+        let text = read_trimmed(&path)?;
+        text.parse()
+            .map_err(|e| SysError::call("read", path, io::Error::other(e)))
+    }
+
+    fn number_in(&self, name: &'static str) -> Result<u64> {
+        let path = self.folder.join(name);
+        let text = read_trimmed(&path)?;
+        text.parse()
+            .map_err(|e| SysError::call("read", path, io::Error::other(e)))
+    }
+}
+
+/// What went through a block device since it appeared. A sector is 512 bytes, whatever the device's own are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Requests.
+    pub reads: u64,
+    /// 512-byte sectors.
+    pub sectors_read: u64,
+    /// Requests.
+    pub writes: u64,
+    /// 512-byte sectors.
+    pub sectors_written: u64,
+    /// Requests that are under way.
+    pub in_flight: u64,
+    /// 512-byte sectors.
+    pub sectors_discarded: u64,
+}
+
+/// A process that has something open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Opener {
+    /// Its number.
+    pub pid: i32,
+    /// Its name, as the kernel has it.
+    pub name: String,
+}
+
+/// Processes that have the file or device at `path` open (a file: under the same last name).
+pub fn openers_of(path: &Path) -> Result<Vec<Opener>> {
+    let wanted = std::fs::metadata(path).map_err(|e| SysError::call("stat", path, e))?;
+    if wanted.file_type().is_block_device() {
+        return Ok(BlockDevice::at(path)?.openers());
+    }
+    let id = (wanted.dev(), wanted.ino());
+    let same_name = |to: &Path| to.file_name() == path.file_name();
+    Ok(openers(same_name, |found| (found.dev(), found.ino()) == id))
+}
+
+/// Only descriptors whose `name` may be right are asked: stat(2) on a file of a hung file system never returns.
+fn openers(
+    name: impl Fn(&Path) -> bool,
+    is_it: impl Fn(&std::fs::Metadata) -> bool,
+) -> Vec<Opener> {
+    let mut found = Vec::new();
+    for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = process
+            .file_name()
+            .to_str()
+            .and_then(|n| n.parse::<i32>().ok())
+        else {
+            continue;
+        };
+        let open = std::fs::read_dir(process.path().join("fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let has = open
+            .filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| name(&to)))
+            .any(|fd| std::fs::metadata(fd.path()).is_ok_and(|m| is_it(&m)));
+        if has {
+            let name = read_trimmed(&process.path().join("comm")).unwrap_or_default();
+            found.push(Opener { pid, name });
+        }
+    }
+    found
+}
+
+fn names_in(folder: &Path) -> Result<Vec<String>> {
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(SysError::call("readdir", folder, e)),
+    };
+    let mut names: Vec<String> = entries
+        .flatten()
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    Ok(names)
+}
+
+fn read_trimmed(path: &Path) -> Result<String> {
+    let text = std::fs::read_to_string(path).map_err(|e| SysError::call("read", path, e))?;
+    Ok(text.trim().to_owned())
+}
+
+/// The path that a name of a device leads to (`/dev/disk/by-id/…` → `/dev/sda`).
+pub fn real_path(path: &Path) -> Result<PathBuf> {
+    std::fs::canonicalize(path).map_err(|e| SysError::call("realpath", path, e))
+}
+
+/// Whether nobody else has a claim (`O_EXCL`) on the block device at `path` right now: no mount, no holder, no other
+/// program that asked for it alone. Says nothing of plain openers.
+pub fn is_unclaimed(path: &Path) -> Result<bool> {
+    use nix::fcntl::{OFlag, open};
+    let flags = OFlag::O_RDONLY | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+    match open(path, flags, nix::sys::stat::Mode::empty()) {
+        Ok(_) => Ok(true),
+        Err(nix::Error::EBUSY) => Ok(false),
+        Err(e) => Err(SysError::call("open", path, e.into())),
+    }
+}
+
+/// Makes a range of an open block device read as zero, by the device where it can (BLKZEROOUT). Never a discard.
+pub fn zero_out(fd: &impl AsFd, offset: u64, len: u64) -> io::Result<()> {
+    ioctl_range(fd, BLKZEROOUT, offset, len)
+}
+
+/// Tells an open block device that a range holds nothing any more (BLKDISCARD): what it reads as then is not defined.
+pub fn discard(fd: &impl AsFd, offset: u64, len: u64) -> io::Result<()> {
+    ioctl_range(fd, BLKDISCARD, offset, len)
+}
+
+const BLKDISCARD: libc::c_ulong = 0x1277;
+const BLKZEROOUT: libc::c_ulong = 0x127f;
+const BLKFLSBUF: libc::c_ulong = 0x1261;
+
+fn ioctl_range(fd: &impl AsFd, request: libc::c_ulong, offset: u64, len: u64) -> io::Result<()> {
+    let range = [offset, len];
+    #[expect(
+        clippy::useless_conversion,
+        reason = "the type differs between C libraries"
+    )]
+    let request = request
+        .try_into()
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: both requests read two 64-bit words, which live for the length of the call.
+    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, range.as_ptr()) }).map(|_| ())
+}
+
+/// Writes out and forgets what the page cache has of an open block device.
+pub fn forget_cache(fd: &impl AsFd) -> io::Result<()> {
+    #[expect(
+        clippy::useless_conversion,
+        reason = "the type differs between C libraries"
+    )]
+    let request = BLKFLSBUF
+        .try_into()
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: this request takes a number that is not used.
+    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, 0) }).map(|_| ())
+}
+
+/// A file system that is frozen as long as this lives: nothing is written to it. Thawed when dropped.
+///
+/// If this process dies the file system stays frozen: keep a guard process for that (see `docs/decisions`).
+#[derive(Debug)]
+pub struct Frozen {
+    folder: std::fs::File,
+}
+
+const FIFREEZE: libc::c_ulong = 0xc004_5877;
+const FITHAW: libc::c_ulong = 0xc004_5878;
+
+impl Frozen {
+    /// Freezes the file system mounted at `at`. Waits: until its dirty data are written.
+    pub fn freeze(at: &Path) -> Result<Self> {
+        let folder = std::fs::File::open(at).map_err(|e| SysError::call("open", at, e))?;
+        freeze_or_thaw(&folder, FIFREEZE).map_err(|e| SysError::call("FIFREEZE", at, e))?;
+        Ok(Self { folder })
+    }
+
+    /// Thaws it, and says if that failed.
+    pub fn thaw(self) -> io::Result<()> {
+        freeze_or_thaw(&self.folder, FITHAW)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        // EINVAL after an explicit thaw.
+        drop(freeze_or_thaw(&self.folder, FITHAW));
+    }
+}
+
+fn freeze_or_thaw(folder: &std::fs::File, request: libc::c_ulong) -> io::Result<()> {
+    #[expect(
+        clippy::useless_conversion,
+        reason = "the type differs between C libraries"
+    )]
+    let request = request
+        .try_into()
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: these requests take a number that is not used.
+    check(unsafe { libc::ioctl(folder.as_raw_fd(), request, 0) }).map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_opener_is_found_and_goes() {
+        let path =
+            PathBuf::from("/var/tmp").join(format!("blktide-sys-opener-{}", std::process::id()));
+        let file = std::fs::File::create(&path).unwrap();
+        let me = crate::process::own_pid();
+        assert!(openers_of(&path).unwrap().iter().any(|o| o.pid == me));
+        drop(file);
+        assert!(openers_of(&path).unwrap().is_empty());
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_block_device_is_refused() {
+        assert!(matches!(
+            BlockDevice::at(Path::new("/dev/null")),
+            Err(SysError::Unfit { .. })
+        ));
+        assert!(BlockDevice::at(Path::new("/nowhere")).is_err());
+    }
+
+    #[test]
+    fn devices_that_are_there_have_facts() {
+        for name in names_in(Path::new("/sys/block")).unwrap() {
+            let text = read_trimmed(&Path::new("/sys/block").join(&name).join("dev")).unwrap();
+            let device = BlockDevice::of_number(DeviceNumber::parse(&text).unwrap()).unwrap();
+            assert_eq!(device.name(), name);
+            assert!(device.logical_sector_bytes().unwrap() >= 512);
+            assert!(
+                device.physical_sector_bytes().unwrap() >= device.logical_sector_bytes().unwrap()
+            );
+            device.counters().unwrap();
+            device.mounts().unwrap();
+            device.is_swap().unwrap();
+        }
+    }
+
+    #[test]
+    fn direct_alignment_of_a_file() {
+        let path =
+            PathBuf::from("/var/tmp").join(format!("blktide-sys-align-{}", std::process::id()));
+        let file = std::fs::File::create(&path).unwrap();
+        if let Some(found) = direct_alignment(&file).unwrap() {
+            assert!(found.offset_bytes.is_power_of_two() && found.memory_bytes.is_power_of_two());
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
+}
