@@ -49,3 +49,10 @@ pub fn wait_until(
         }
     }
 }
+
+/// Lets `time` pass: for a moment that is drawn, never for an event that is hoped for.
+pub fn pass(time: Duration) {
+    let (_open, never) = mpsc::channel::<()>();
+    let timed_out = never.recv_timeout(time).is_err();
+    debug_assert!(timed_out, "nobody sends");
+}

@@ -13,6 +13,25 @@ pub fn make_file(path: &Path, bytes: u64) -> Result<()> {
     Ok(())
 }
 
+/// A new file of `bytes` that no codec makes smaller.
+pub fn fill_file(path: &Path, bytes: u64) -> Result<()> {
+    make_file(path, 0)?;
+    Tool::new("dd")
+        .args([
+            "if=/dev/urandom",
+            "bs=1M",
+            "iflag=count_bytes",
+            "conv=notrunc",
+            "status=none",
+        ])
+        .arg(format!("of={}", path.display()))
+        .arg(format!("count={bytes}"))
+        .limit(300)
+        .run()?
+        .ok()?;
+    Ok(())
+}
+
 /// The file under a loop device (`/dev/loop3` or a symlink to it), as the kernel names it.
 pub fn backing_file(device: &Path) -> Result<PathBuf> {
     let real = fs::canonicalize(device)?;

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::clock::wait_until;
+use crate::compare::same_bytes;
 use crate::run::{Finished, Running, Tool, kill, pids_naming};
 
 /// The program `name` under test: from `BLKTIDE_BIN_DIR`, else from the folder in which this test was built.
@@ -62,7 +63,7 @@ impl Reply {
 }
 
 /// The text at `pointer`, or an error that shows the document.
-pub(crate) fn text_of<'a>(json: &'a Value, pointer: &str) -> Result<&'a str> {
+pub fn text_of<'a>(json: &'a Value, pointer: &str) -> Result<&'a str> {
     json.pointer(pointer)
         .and_then(Value::as_str)
         .with_context(|| format!("no text at {pointer}: {json}"))
@@ -177,6 +178,11 @@ impl Instance {
             Ok(UnixStream::connect(&socket).is_ok())
         })
         .with_context(|| self.log_tail())
+    }
+
+    /// Makes the daemon read its configuration again.
+    pub fn reload(&self) -> Result<()> {
+        kill(self.daemon_pid()?, "HUP")
     }
 
     fn log(&self) -> Result<File> {
@@ -316,6 +322,29 @@ impl Instance {
         Ok(())
     }
 
+    /// Fails unless `image`, restored to a new file, equals the first `size_bytes` of `truth` byte for byte (`cmp`).
+    pub fn image_equals(&self, image: &str, truth: &Path, more: &[&str]) -> Result<()> {
+        let volume = image.split('@').next().unwrap_or_default();
+        let bytes = self.size_bytes(volume)?;
+        let target = self.join(format!("restored-{volume}"));
+        drop(fs::remove_file(&target));
+        self.restore(image, &target, more)?;
+        let length = fs::metadata(&target)?.len();
+        ensure!(
+            length == bytes,
+            "{image} has {length} bytes, the volume {bytes}"
+        );
+        same_bytes(truth, &target, bytes).with_context(|| format!("{image} differs"))?;
+        fs::remove_file(&target)?;
+        Ok(())
+    }
+
+    /// Bytes of a volume, as `status` says.
+    pub fn size_bytes(&self, volume: &str) -> Result<u64> {
+        let status = self.status(volume)?;
+        number_at(&status, "/size_bytes")
+    }
+
     /// The volume's part of `status`, whatever the exit code says.
     pub fn status(&self, volume: &str) -> Result<Value> {
         let json = self.ctl(&["status", volume, "--json"])?.json()?;
@@ -335,12 +364,15 @@ impl Instance {
     }
 }
 
-fn pid_at(status: &Value, pointer: &str) -> Result<u32> {
-    let pid = status
-        .pointer(pointer)
+/// The number at `pointer`, or an error that shows the document.
+pub fn number_at(json: &Value, pointer: &str) -> Result<u64> {
+    json.pointer(pointer)
         .and_then(Value::as_u64)
-        .with_context(|| format!("no {pointer}: {status}"))?;
-    Ok(u32::try_from(pid)?)
+        .with_context(|| format!("no number at {pointer}: {json}"))
+}
+
+fn pid_at(status: &Value, pointer: &str) -> Result<u32> {
+    Ok(u32::try_from(number_at(status, pointer)?)?)
 }
 
 /// Writes a small file of a test's own.
@@ -348,7 +380,7 @@ fn pid_at(status: &Value, pointer: &str) -> Result<u32> {
     clippy::disallowed_methods,
     reason = "a test's own file; nothing to be durable"
 )]
-pub(crate) fn put(path: &Path, text: &str) -> Result<()> {
+pub fn put(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| path.display().to_string())
 }
 

@@ -26,12 +26,12 @@ mod recorder;
 mod run;
 mod seed;
 
-pub use clock::{Stopwatch, wait_until};
+pub use clock::{Stopwatch, pass, wait_until};
 pub use compare::{blocks_that_differ, copy_sparse, same_bytes, same_trees};
 pub use counters::DeviceCounters;
-pub use devices::{FileSystem, LoopDevice, Mounted, backing_file, make_file};
+pub use devices::{FileSystem, LoopDevice, Mounted, backing_file, fill_file, make_file};
 pub use fio::{Fio, FioRun};
-pub use instance::{Instance, Reply, binary, leave_nothing, remains};
+pub use instance::{Instance, Reply, binary, leave_nothing, number_at, put, remains, text_of};
 pub use recorder::{Record, Recorder, UNIT, open_direct, write_block};
 pub use run::{Finished, Running, Tool, kill, pids_naming};
 pub use seed::Seed;

@@ -168,6 +168,16 @@ impl Running {
         kill(self.pid, signal)
     }
 
+    /// What it has written to its standard output so far.
+    pub fn output(&mut self) -> Result<String> {
+        text(&mut self.stdout)
+    }
+
+    /// Whether it still runs.
+    pub fn runs(&self) -> bool {
+        std::path::Path::new(&format!("/proc/{}", self.pid)).exists()
+    }
+
     /// Waits for its end, up to the limit counted from its start.
     pub fn finish(mut self) -> Result<Finished> {
         let left = self.limit.saturating_sub(self.watch.elapsed());
