@@ -358,9 +358,7 @@ fn ioctl_range(fd: &impl AsFd, request: libc::c_ulong, offset: u64, len: u64) ->
         clippy::useless_conversion,
         reason = "the type differs between C libraries"
     )]
-    let request = request
-        .try_into()
-        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let request = request.try_into().map_err(io::Error::other)?;
     // SAFETY: both requests read two 64-bit words, which live for the length of the call.
     check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, range.as_ptr()) }).map(|_| ())
 }
@@ -371,9 +369,7 @@ pub fn forget_cache(fd: &impl AsFd) -> io::Result<()> {
         clippy::useless_conversion,
         reason = "the type differs between C libraries"
     )]
-    let request = BLKFLSBUF
-        .try_into()
-        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let request = BLKFLSBUF.try_into().map_err(io::Error::other)?;
     // SAFETY: this request takes a number that is not used.
     check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, 0) }).map(|_| ())
 }
@@ -415,9 +411,7 @@ fn freeze_or_thaw(folder: &std::fs::File, request: libc::c_ulong) -> io::Result<
         clippy::useless_conversion,
         reason = "the type differs between C libraries"
     )]
-    let request = request
-        .try_into()
-        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let request = request.try_into().map_err(io::Error::other)?;
     // SAFETY: these requests take a number that is not used.
     check(unsafe { libc::ioctl(folder.as_raw_fd(), request, 0) }).map(|_| ())
 }
@@ -444,7 +438,7 @@ mod tests {
             BlockDevice::at(Path::new("/dev/null")),
             Err(SysError::Unfit { .. })
         ));
-        assert!(BlockDevice::at(Path::new("/nowhere")).is_err());
+        BlockDevice::at(Path::new("/nowhere")).unwrap_err();
     }
 
     #[test]

@@ -188,17 +188,26 @@ impl AsFd for SignalFd {
     }
 }
 
-/// One thing to wait for, and what came of it.
+/// What came of waiting for one thing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// Nothing yet.
+    Waiting,
+    /// It can be read, or written.
+    Ready,
+    /// The other side is gone, or it is in error (POLLHUP, POLLERR); there may still be something to read.
+    HungUp,
+    /// It is not an open descriptor (POLLNVAL).
+    Invalid,
+}
+
+/// One thing to wait for.
 #[derive(Clone, Copy, Debug)]
 pub struct Watched<'a> {
     fd: BorrowedFd<'a>,
-    writable: bool,
-    /// Readable, or at its end, or in error: read it to know.
-    pub ready: bool,
-    /// The other side is gone, or the descriptor is in error (POLLHUP, POLLERR).
-    pub hung_up: bool,
-    /// It is not an open descriptor (POLLNVAL).
-    pub invalid: bool,
+    for_writing: bool,
+    /// What came of it.
+    pub readiness: Readiness,
 }
 
 impl<'a> Watched<'a> {
@@ -212,14 +221,17 @@ impl<'a> Watched<'a> {
         Self::of(fd, true)
     }
 
-    fn of(fd: &'a impl AsFd, writable: bool) -> Self {
+    fn of(fd: &'a impl AsFd, for_writing: bool) -> Self {
         Self {
             fd: fd.as_fd(),
-            writable,
-            ready: false,
-            hung_up: false,
-            invalid: false,
+            for_writing,
+            readiness: Readiness::Waiting,
         }
+    }
+
+    /// Whether there is anything to do about it.
+    pub fn is_ready(&self) -> bool {
+        self.readiness != Readiness::Waiting
     }
 }
 
@@ -231,7 +243,7 @@ pub fn poll(watched: &mut [Watched<'_>], limit: Option<Duration>) -> io::Result<
         .iter()
         .map(|w| libc::pollfd {
             fd: w.fd.as_raw_fd(),
-            events: if w.writable {
+            events: if w.for_writing {
                 libc::POLLOUT
             } else {
                 libc::POLLIN
@@ -251,9 +263,15 @@ pub fn poll(watched: &mut [Watched<'_>], limit: Option<Duration>) -> io::Result<
         other => other?,
     };
     for (to, from) in watched.iter_mut().zip(&raw) {
-        to.ready = from.revents != 0;
-        to.hung_up = from.revents & (libc::POLLHUP | libc::POLLERR) != 0;
-        to.invalid = from.revents & libc::POLLNVAL != 0;
+        to.readiness = if from.revents == 0 {
+            Readiness::Waiting
+        } else if from.revents & libc::POLLNVAL != 0 {
+            Readiness::Invalid
+        } else if from.revents & (libc::POLLHUP | libc::POLLERR) != 0 {
+            Readiness::HungUp
+        } else {
+            Readiness::Ready
+        };
     }
     usize::try_from(ready).map_err(io::Error::other)
 }
@@ -301,7 +319,8 @@ mod tests {
         drop(write);
         let mut watched = [Watched::readable(&read)];
         assert_eq!(poll(&mut watched, None).unwrap(), 1);
-        assert!(watched[0].hung_up && watched[0].ready);
+        assert_eq!(watched[0].readiness, Readiness::HungUp);
+        assert!(watched[0].is_ready());
     }
 
     #[test]
@@ -310,8 +329,10 @@ mod tests {
         let seen = std::thread::spawn(|| {
             let signals = SignalFd::new(&[Signals::User1]).unwrap();
             assert_eq!(signals.take().unwrap(), None);
-            // SAFETY: sends a blocked signal to this very thread.
-            let sent = unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGUSR1) };
+            // SAFETY: names the calling thread; takes nothing.
+            let thread = unsafe { libc::pthread_self() };
+            // SAFETY: sends a blocked signal to this very thread, which lives.
+            let sent = unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
             assert_eq!(sent, 0);
             signals.take().unwrap()
         });

@@ -1,6 +1,6 @@
 //! The fence (P6): nobody else writes to the backing device, not even what a dead predecessor left in the kernel.
 //!
-//! A killed process's io_uring writes may land seconds after `wait()` has returned. They hold its open file
+//! A killed process's `io_uring` writes may land seconds after `wait()` has returned. They hold its open file
 //! description, and with it its claim: `O_EXCL` on a block device, `flock` on a regular file. Whoever gets the claim
 //! comes after them. (POSIX locks are no fence: they end with the process.)
 //!
@@ -10,7 +10,7 @@
 use crate::Result;
 use crate::error::{Errno, SysError};
 use blktide_types::clock::{Clock, Instant};
-use nix::fcntl::{FlockArg, OFlag, open};
+use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -143,23 +143,17 @@ impl AsFd for Fenced {
 
 /// `flock(LOCK_EX | LOCK_NB)`; false if it is taken.
 fn lock(fd: &OwnedFd, path: &Path) -> Result<bool> {
-    let how = FlockArg::LockExclusiveNonblock;
     loop {
         // SAFETY: flock(2) on an open descriptor touches no memory.
-        let locked = crate::error::check(unsafe { libc::flock(fd.as_raw_fd(), flock_flags(how)) });
+        let locked = crate::error::check(unsafe {
+            libc::flock(fd.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB)
+        });
         match locked {
             Ok(_) => return Ok(true),
             Err(e) if Errno::of(&e) == Errno::AGAIN => return Ok(false),
             Err(e) if Errno::of(&e) == Errno::INTR => {}
             Err(e) => return Err(SysError::call("flock", path, e)),
         }
-    }
-}
-
-const fn flock_flags(how: FlockArg) -> i32 {
-    match how {
-        FlockArg::LockExclusiveNonblock => libc::LOCK_EX | libc::LOCK_NB,
-        _ => libc::LOCK_EX,
     }
 }
 
@@ -192,7 +186,7 @@ mod tests {
         let refused = Fenced::take(&path, &SystemClock, Some(soon)).unwrap_err();
         assert!(matches!(refused, SysError::TimedOut { .. }));
         drop(in_flight);
-        assert!(Fenced::take(&path, &SystemClock, None).is_ok());
+        Fenced::take(&path, &SystemClock, None).unwrap();
         std::fs::remove_file(&path).unwrap();
     }
 

@@ -136,9 +136,8 @@ impl FuseDevice {
         loop {
             // SAFETY: each part is readable memory that lives through the call; the kernel only reads it.
             let wrote = unsafe { libc::writev(self.0.as_raw_fd(), parts.as_ptr(), count) };
-            let error = match check(wrote) {
-                Ok(_) => return Ok(Answered::Given),
-                Err(e) => e,
+            let Err(error) = check(wrote) else {
+                return Ok(Answered::Given);
             };
             match Errno::of(&error) {
                 Errno::INTR => {}

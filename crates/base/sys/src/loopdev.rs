@@ -19,7 +19,6 @@ const LOOP_CLR_FD: libc::c_ulong = 0x4c01;
 const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
-const FLAG_AUTOCLEAR: u32 = 4;
 const FLAG_DIRECT_IO: u32 = 16;
 const LOOP_MAJOR: u32 = 7;
 
@@ -76,8 +75,6 @@ pub struct Binding {
     pub file: (u64, u64),
     /// Whether transfers pass the page cache by.
     pub direct: bool,
-    /// Whether it goes when its last opener does.
-    pub autoclear: bool,
 }
 
 /// How a loop device is made.
@@ -204,7 +201,6 @@ impl LoopDevice {
         Ok(Some(Binding {
             file: (info.device, info.inode),
             direct: info.flags & FLAG_DIRECT_IO != 0,
-            autoclear: info.flags & FLAG_AUTOCLEAR != 0,
         }))
     }
 
@@ -238,7 +234,7 @@ impl LoopDevice {
     }
 
     /// Requests and their size. The kernel rounds; a kernel that refuses is an error.
-    fn set_limits(&self, options: &LoopOptions<'_>) -> Result<()> {
+    fn set_limits(self, options: &LoopOptions<'_>) -> Result<()> {
         let queue = PathBuf::from(format!("/sys/block/loop{}/queue", self.number));
         let kib = (options.max_request_bytes / 1024).max(4);
         write_text(&queue.join("max_sectors_kb"), &kib.to_string())?;
@@ -248,7 +244,7 @@ impl LoopDevice {
         )
     }
 
-    fn open_node(&self) -> Result<OwnedFd> {
+    fn open_node(self) -> Result<OwnedFd> {
         let path = self.node();
         let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC;
         let opened = match open(&path, flags, Mode::empty()) {
@@ -261,7 +257,7 @@ impl LoopDevice {
         opened.map_err(|e| SysError::call("open", path, e.into()))
     }
 
-    fn make_node(&self, path: &Path) -> Result<()> {
+    fn make_node(self, path: &Path) -> Result<()> {
         let number = nix::sys::stat::makedev(u64::from(LOOP_MAJOR), u64::from(self.number));
         let mode = Mode::from_bits_truncate(0o660);
         match nix::sys::stat::mknod(path, SFlag::S_IFBLK, mode, number) {
@@ -301,9 +297,7 @@ fn ioctl_number(fd: &OwnedFd, number: libc::c_ulong, argument: libc::c_ulong) ->
     reason = "the type differs between C libraries"
 )]
 fn request(number: libc::c_ulong) -> io::Result<libc::Ioctl> {
-    number
-        .try_into()
-        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
+    number.try_into().map_err(io::Error::other)
 }
 
 fn write_text(path: &Path, text: &str) -> Result<()> {

@@ -146,8 +146,8 @@ mod tests {
     #[test]
     fn fixed_in_size_and_shared() {
         let memory = Memfd::create("blktide-test", 8192).unwrap();
-        assert!(nix::unistd::ftruncate(&memory.fd, 4096).is_err());
-        assert!(nix::unistd::ftruncate(&memory.fd, 16384).is_err());
+        nix::unistd::ftruncate(&memory.fd, 4096).unwrap_err();
+        nix::unistd::ftruncate(&memory.fd, 16384).unwrap_err();
         assert_eq!(memory.write_at(4000, &[9; 200]).unwrap(), 200);
         let other = Memfd::from_fd(memory.try_clone().unwrap().into_fd()).unwrap();
         let mut out = [0; 200];
@@ -162,7 +162,7 @@ mod tests {
     fn read_only_is_read_only() {
         let memory = Memfd::create("blktide-test", 4096).unwrap();
         let fd = memory.reopen_read_only().unwrap();
-        assert!(nix::sys::uio::pwrite(&fd, &[1], 0).is_err());
+        nix::sys::uio::pwrite(&fd, &[1], 0).unwrap_err();
         let flags = descriptor_flags(fd.as_fd()).unwrap();
         assert_eq!(flags & libc::O_ACCMODE, libc::O_RDONLY);
     }
@@ -170,6 +170,6 @@ mod tests {
     #[test]
     fn an_ordinary_file_is_refused() {
         let file = std::fs::File::open("/proc/self/exe").unwrap();
-        assert!(Memfd::from_fd(file.into()).is_err());
+        Memfd::from_fd(file.into()).unwrap_err();
     }
 }

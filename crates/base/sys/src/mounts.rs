@@ -99,19 +99,11 @@ fn unescape(field: &[u8]) -> PathBuf {
     let mut rest = field;
     while let Some((first, tail)) = rest.split_first() {
         let octal = tail.get(..3).filter(|_| *first == b'\\');
-        match octal
+        let byte = octal
             .and_then(|d| std::str::from_utf8(d).ok())
-            .and_then(|d| u8::from_str_radix(d, 8).ok())
-        {
-            Some(byte) => {
-                out.push(byte);
-                rest = tail.get(3..).unwrap_or_default();
-            }
-            None => {
-                out.push(*first);
-                rest = tail;
-            }
-        }
+            .and_then(|d| u8::from_str_radix(d, 8).ok());
+        out.push(byte.unwrap_or(*first));
+        rest = byte.and_then(|_| tail.get(3..)).unwrap_or(tail);
     }
     PathBuf::from(OsString::from_vec(out))
 }

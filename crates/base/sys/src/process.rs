@@ -128,7 +128,7 @@ impl PidFd {
         })
     }
 
-    /// Takes a copy of its descriptor number `number` (pidfd_getfd(2)); needs the right to trace it.
+    /// Takes a copy of its descriptor number `number` (`pidfd_getfd(2)`); needs the right to trace it.
     pub fn take_descriptor(&self, number: i32) -> io::Result<OwnedFd> {
         let fd = self.fd.as_raw_fd();
         // SAFETY: pidfd_getfd(2) takes three numbers and touches no memory of ours.
@@ -188,7 +188,7 @@ pub fn lift_descriptor_limit() -> io::Result<()> {
     check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }).map(|_| ())
 }
 
-/// Tells the kernel that this process serves I/O: its allocations do not wait for I/O (PR_SET_IO_FLUSHER).
+/// Tells the kernel that this process serves I/O: its allocations do not wait for I/O (`PR_SET_IO_FLUSHER`).
 ///
 /// Inherited by threads started later. `EPERM` without `CAP_SYS_RESOURCE`: warn and go on.
 pub fn set_io_flusher() -> io::Result<()> {
@@ -243,26 +243,30 @@ mod tests {
     use super::*;
     use std::process::Command;
 
+    #[expect(
+        clippy::zombie_processes,
+        reason = "it is waited for by its descriptor"
+    )]
+    fn start(program: &str, arguments: &[&str]) -> PidFd {
+        let child = Command::new(program).args(arguments).spawn().unwrap();
+        PidFd::open(i32::try_from(child.id()).unwrap()).unwrap()
+    }
+
     #[test]
     fn the_end_of_a_child_is_seen() {
-        let child = Command::new("/bin/sh")
-            .args(["-c", "exit 7"])
-            .spawn()
-            .unwrap();
-        let watched = PidFd::open(i32::try_from(child.id()).unwrap()).unwrap();
+        let watched = start("/bin/sh", &["-c", "exit 7"]);
         assert_eq!(watched.wait().unwrap(), Exit::Code(7));
         assert_eq!(
             watched.try_wait().unwrap(),
             Some(Exit::Unknown),
             "its status is taken"
         );
-        assert!(watched.signal(Signals::Kill).is_err());
+        watched.signal(Signals::Kill).unwrap_err();
     }
 
     #[test]
     fn a_signal_ends_it() {
-        let child = Command::new("/bin/sleep").arg("1000").spawn().unwrap();
-        let watched = PidFd::open(i32::try_from(child.id()).unwrap()).unwrap();
+        let watched = start("/bin/sleep", &["1000"]);
         assert_eq!(watched.try_wait().unwrap(), None);
         watched.signal(Signals::Kill).unwrap();
         assert_eq!(watched.wait().unwrap(), Exit::Signal(libc::SIGKILL));
@@ -273,7 +277,7 @@ mod tests {
         let own = PidFd::from_fd(PidFd::of_self().unwrap().into_fd()).unwrap();
         assert_eq!(own.pid(), own_pid());
         assert!(!own.has_ended().unwrap());
-        assert!(PidFd::from_fd(std::fs::File::open("/dev/null").unwrap().into()).is_err());
+        PidFd::from_fd(std::fs::File::open("/dev/null").unwrap().into()).unwrap_err();
     }
 
     #[test]
@@ -290,7 +294,7 @@ mod tests {
 
     #[test]
     fn standard_descriptors_are_nobodys_inheritance() {
-        assert!(inherited_descriptor(2).is_err());
-        assert!(inherited_descriptor(999_999).is_err());
+        inherited_descriptor(2).unwrap_err();
+        inherited_descriptor(999_999).unwrap_err();
     }
 }

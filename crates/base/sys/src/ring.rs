@@ -1,4 +1,4 @@
-//! A small, safe io_uring: operations on registered files, with memory that cannot go away under them.
+//! A small, safe `io_uring`: operations on registered files, with memory that cannot go away under them.
 //!
 //! ```text
 //! push (queued here) ──submit──▶ kernel ──completion──▶ drain: token, result, the buffer back
@@ -95,7 +95,7 @@ impl Zeroing {
 
 /// A ring. Belongs to one thread at a time.
 pub struct Ring {
-    ring: ManuallyDrop<IoUring>,
+    queues: ManuallyDrop<IoUring>,
     slab: ManuallyDrop<Vec<Option<Operation>>>,
     free: Vec<usize>,
     mappings: ManuallyDrop<Vec<Arc<Mapping>>>,
@@ -113,7 +113,7 @@ impl std::fmt::Debug for Ring {
 impl Ring {
     /// A ring for at most `operations` in flight (polls and timeouts count, too).
     ///
-    /// Errors: `ENOSYS`/`EPERM` where the kernel has no io_uring, or forbids it.
+    /// Errors: `ENOSYS`/`EPERM` where the kernel has no `io_uring`, or forbids it.
     pub fn new(operations: u32) -> Result<Self> {
         let fail = |call: &'static str| move |e| SysError::call(call, "", e);
         let ring = IoUring::builder()
@@ -130,7 +130,7 @@ impl Ring {
         let mut slab = Vec::with_capacity(count);
         slab.resize_with(count, || None);
         Ok(Self {
-            ring: ManuallyDrop::new(ring),
+            queues: ManuallyDrop::new(ring),
             slab: ManuallyDrop::new(slab),
             free: (0..count).rev().collect(),
             mappings: ManuallyDrop::new(Vec::with_capacity(REGISTERED_MAX)),
@@ -148,7 +148,7 @@ impl Ring {
             return Err(SysError::unfit("ring", "it knows as many files as it can"));
         }
         let one = [file.as_raw_fd()];
-        self.ring
+        self.queues
             .submitter()
             .register_files_update(index, &one)
             .map_err(fail)?;
@@ -315,17 +315,17 @@ impl Ring {
     }
 
     /// The next completion, if one is there. Makes no system call.
-    pub fn next(&mut self) -> Option<Completion> {
+    pub fn next_completion(&mut self) -> Option<Completion> {
         if let Some(kept) = self.ready.pop() {
             return Some(kept);
         }
-        let entry = self.ring.completion().next()?;
+        let entry = self.queues.completion().next()?;
         self.finish(&entry)
     }
 
     /// Each completion that is there. Makes no system call.
     pub fn drain(&mut self) -> impl Iterator<Item = Completion> {
-        std::iter::from_fn(|| self.next())
+        std::iter::from_fn(|| self.next_completion())
     }
 
     fn enter(&mut self, want: usize, limit: Option<Duration>) -> io::Result<()> {
@@ -334,9 +334,9 @@ impl Ring {
             let entered = match &timespec {
                 Some(t) if want > 0 => {
                     let arguments = types::SubmitArgs::new().timespec(t);
-                    self.ring.submitter().submit_with_args(want, &arguments)
+                    self.queues.submitter().submit_with_args(want, &arguments)
                 }
-                _ => self.ring.submitter().submit_and_wait(want),
+                _ => self.queues.submitter().submit_and_wait(want),
             };
             match entered {
                 Ok(_) => {}
@@ -344,12 +344,12 @@ impl Ring {
                 Err(e) if Errno::of(&e) == Errno::BUSY => {}
                 // The kernel is short of memory for the moment; what was pushed is still queued here.
                 Err(e) if Errno::of(&e) == Errno::AGAIN => {
-                    crate::event::pause(Duration::from_millis(1))?
+                    crate::event::pause(Duration::from_millis(1))?;
                 }
                 Err(e) if matches!(Errno::of(&e), Errno::TIME | Errno::INTR) => return Ok(()),
                 Err(e) => return Err(e),
             }
-            let rest = self.ring.submission();
+            let rest = self.queues.submission();
             if rest.is_empty() {
                 return Ok(());
             }
@@ -361,7 +361,7 @@ impl Ring {
     /// Makes room in the completion queue.
     fn keep_ready(&mut self) {
         loop {
-            let next = self.ring.completion().next();
+            let next = self.queues.completion().next();
             let Some(entry) = next else { return };
             if let Some(done) = self.finish(&entry) {
                 self.ready.insert(0, done);
@@ -381,7 +381,7 @@ impl Ring {
             self.in_flight -= 1;
             (over.token, over.buffer)
         };
-        let result = u32::try_from(entry.result()).map_err(|_| Errno(-entry.result()));
+        let result = u32::try_from(entry.result()).or(Err(Errno(entry.result().saturating_neg())));
         Some(Completion {
             token,
             result,
@@ -398,7 +398,7 @@ impl Ring {
         let len = usize::try_from(range.len).unwrap_or(usize::MAX);
         let address = mapping
             .raw(range.offset, len)
-            .map_err(|_| PushError::BadRange)?;
+            .or(Err(PushError::BadRange))?;
         Ok(address.as_ptr())
     }
 
@@ -444,10 +444,10 @@ impl Ring {
     /// Queues `entry` for the operation that stands at `index`, the last of the free list.
     fn queue(&mut self, index: usize, entry: squeue::Entry) -> core::result::Result<(), PushError> {
         let entry = entry.user_data(u64::try_from(index).unwrap_or(u64::MAX));
-        if self.ring.submission().is_full() && self.enter(0, None).is_err() {
+        if self.queues.submission().is_full() && self.enter(0, None).is_err() {
             return Err(PushError::Full);
         }
-        let mut queue = self.ring.submission();
+        let mut queue = self.queues.submission();
         // SAFETY: the memory the entry names is owned by the slab or part of a mapping that the ring holds;
         // both stay until the completion (see the invariant), and the file is registered.
         let pushed = unsafe { queue.push(&entry) };
@@ -468,7 +468,7 @@ fn fits(len: u32, buffer: usize) -> bool {
 impl Drop for Ring {
     fn drop(&mut self) {
         // SAFETY: nobody uses the ring after this; dropped once, here.
-        unsafe { ManuallyDrop::drop(&mut self.ring) };
+        unsafe { ManuallyDrop::drop(&mut self.queues) };
         // SAFETY: as above; the ring keeps its own references to what operations in flight need.
         unsafe { ManuallyDrop::drop(&mut self.files) };
         if self.in_flight == 0 {

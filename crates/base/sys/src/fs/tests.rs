@@ -1,4 +1,4 @@
-//! Files on the machine's own disk. Oracle: std::fs.
+//! Files on the machine's own disk. Oracle: the standard library.
 
 use super::*;
 
