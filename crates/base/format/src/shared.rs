@@ -26,6 +26,19 @@ pub const WORD_BYTES: usize = 8;
 /// Words of a page of 4096 bytes; banks begin on one.
 pub const PAGE_WORDS: usize = 512;
 
+/// Whether each field lies after the one before it, and all within `size` bytes.
+const fn ascending(fields: &[Field], size: usize) -> bool {
+    let (mut rest, mut next) = (fields, 0);
+    while let [field, others @ ..] = rest {
+        if field.offset < next || field.offset >= size {
+            return false;
+        }
+        next = field.offset.saturating_add(WORD_BYTES);
+        rest = others;
+    }
+    true
+}
+
 /// Declares words of a memory by name and index: constants, and a table for `docs/format.md`.
 macro_rules! words {
     ($(#[doc = $mdoc:literal])+ pub mod $module:ident, $title:literal : $size:literal {
@@ -42,15 +55,7 @@ macro_rules! words {
                 name: $title, size: $size * 8,
                 fields: &[$(Field { name: stringify!($name), offset: $index * 8, size: 8, doc: concat!($($doc),+) }),+],
             };
-            const _: () = {
-                let fields = LAYOUT.fields;
-                let mut i = 1;
-                while i < fields.len() {
-                    assert!(fields[i - 1].offset < fields[i].offset, "words ascend");
-                    i += 1;
-                }
-                assert!(fields[fields.len() - 1].offset < $size * 8, "words fit");
-            };
+            const _: () = assert!(super::ascending(LAYOUT.fields, LAYOUT.size), "words ascend and fit");
         }
     };
 }
@@ -134,15 +139,11 @@ words! {
         56 => DISTRUST,
         /// Wall clock of the distrust, nanoseconds since 1970.
         57 => DISTRUST_WALL,
-        /// Name of the generation whose full image ends the distrust, first half.
-        58 => HEALED_BY_0,
-        /// Name of the generation whose full image ends the distrust, second half.
-        59 => HEALED_BY_1,
         /// 16 words of UTF-8, ended by a zero byte: the distrust in detail.
         64 => DISTRUST_DETAIL,
         /// 0 open, else hold << 1 | 1 if its commit has begun (P3). A cache line of its own.
         80 => GATE,
-        /// Live bank | table << 8 | snapshot present << 9 | count << 16 (P3). A cache line of its own.
+        /// Live bank | table << 8 | snapshot present << 9 | sequence of the newest snapshot << 16 (P3). A cache line of its own.
         88 => EPOCH,
         /// Counter of generations, for people.
         96 => GENERATION_COUNTER,

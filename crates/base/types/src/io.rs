@@ -44,6 +44,8 @@ pub enum RevokeCause {
     Cancelled = 8,
     /// More than half of a queue's requests would have waited.
     QueueFull = 9,
+    /// The bitmap that the snapshot's base leans on is no longer believed.
+    Distrusted = 10,
 }
 
 impl RevokeCause {
@@ -58,6 +60,7 @@ impl RevokeCause {
         Self::Detached,
         Self::Cancelled,
         Self::QueueFull,
+        Self::Distrusted,
     ];
 
     /// The number that stands in the `revoked` word; never 0.
@@ -83,6 +86,7 @@ impl fmt::Display for RevokeCause {
             Self::Detached => "the volume was detached",
             Self::Cancelled => "it was cancelled",
             Self::QueueFull => "too many writers would have waited",
+            Self::Distrusted => "the bitmap was distrusted meanwhile",
         })
     }
 }

@@ -1,0 +1,124 @@
+//! Planted faults: rules of the protocols, each left out on purpose by a test that shows it is needed.
+//!
+//! In release code [`broken`] is a constant `false` and every switch is gone.
+
+/// One rule left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    not(any(test, loom)),
+    expect(dead_code, reason = "only tests break rules")
+)]
+pub(crate) enum Break {
+    // P3
+    /// Epoch and gate are looked at, then the request enters.
+    LookBeforeEntering,
+    /// No fence between entering and looking.
+    NoEnterFence,
+    /// No fence between setting the gate and looking at the counters.
+    NoHoldFence,
+    /// A request loads the gate without acquire.
+    GateRelaxed,
+    /// A request leaves without release.
+    LeaveRelaxed,
+    /// The hold loads the counters without acquire.
+    CountRelaxed,
+    /// A hold commits without having seen the queues empty.
+    NoWait,
+    /// A hold waits for the first queue only.
+    OneQueue,
+    /// A request that was parked does not mark again.
+    ParkedUnmarked,
+    /// A request leaves before its write is complete.
+    LeaveBeforeWritten,
+    /// The gate opens before the epoch is swapped.
+    GateOpensFirst,
+    /// A commit does not look whether its hold still lives.
+    ExpiredCommits,
+    /// The deadline opens the gate without looking who holds it.
+    ExpiryIsAStore,
+    /// A commit takes any hold for its own.
+    NoHoldId,
+    // P1
+    /// Reader: takes first, reads the device afterwards.
+    TakeBeforeReading,
+    /// Reader: stores `DONE`; nobody wins.
+    TakeByStore,
+    /// Reader: takes a preserved block first and copies its slot afterwards.
+    TakeBeforeCopy,
+    /// Reader: keeps its data although it lost.
+    LoserKeeps,
+    /// Reader: looks without acquire.
+    LookRelaxed,
+    /// Reader: no fence between device and look.
+    NoReaderFence,
+    /// Reader: does not look at `revoked` after taking.
+    NoRevokedLoad,
+    /// Server: stores `revoked` after the write.
+    RevokeAfterWrite,
+    /// Server: no fence after storing `revoked`.
+    NoRevokeFence,
+    /// Server: a queue that only sees `revoked` set does not fence.
+    SeenRevokeNoFence,
+    /// Writer: writes although another request is preserving.
+    NoWaitForPreserving,
+    /// Writer: `PRESERVED` before the copy is safe.
+    PreservedBeforeCopy,
+    /// Writer: stores `PRESERVED`.
+    PreservedByStore,
+    /// Writer: names the owner of a slot before its CAS.
+    OwnerBeforePreserved,
+    /// Writer: believes `DONE` of a slot's owner without acquire.
+    ReclaimRelaxed,
+    /// Shrink drops wanted blocks only.
+    ShrinkOnlyWanted,
+    // Found by the model test
+    /// The bit is set when the write is complete.
+    MarkAfterWrite,
+    /// The write is performed together with the copy of its block.
+    OverwriteBeforeCopy,
+    /// A new generation bears the name of the one before it.
+    NameReused,
+    /// A successor does not mark what its predecessor had marked.
+    NoteTrusted,
+    /// A part of a block is not taken for a change.
+    PartialUnmarked,
+    /// The short last block is not counted.
+    LastBlockMissed,
+    /// A discard does not preserve.
+    DiscardUnpreserved,
+    /// A discard is not marked.
+    DiscardUnmarked,
+    /// A merged run resolves to its younger bank only.
+    MergeForgets,
+    /// A successor does not revoke its predecessor's snapshot.
+    TakeoverKeepsSnapshot,
+    /// The bank of a new generation is not zeroed (harmless: a superset) and that of the closed one is.
+    WrongBankCleared,
+    /// A distrusted tracker keeps its names.
+    DistrustKeepsNames,
+    /// Tracking off, and nothing says so.
+    SilentPassThrough,
+}
+
+#[cfg(any(test, loom))]
+thread_local! {
+    static BROKEN: std::cell::Cell<Option<Break>> = const { std::cell::Cell::new(None) };
+}
+
+/// Leaves `rule` out from now on, in this thread; `None` keeps them all.
+#[cfg(any(test, loom))]
+pub(crate) fn leave_out(rule: Option<Break>) {
+    BROKEN.set(rule);
+}
+
+/// Whether `rule` is left out.
+#[cfg(any(test, loom))]
+pub(crate) fn broken(rule: Break) -> bool {
+    BROKEN.get() == Some(rule)
+}
+
+/// Whether `rule` is left out: never.
+#[cfg(not(any(test, loom)))]
+pub(crate) const fn broken(_rule: Break) -> bool {
+    false
+}
