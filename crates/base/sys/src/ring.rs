@@ -99,7 +99,7 @@ pub struct Ring {
     slab: ManuallyDrop<Vec<Option<Operation>>>,
     free: Vec<usize>,
     mappings: ManuallyDrop<Vec<Arc<Mapping>>>,
-    files: ManuallyDrop<Vec<Arc<OwnedFd>>>,
+    files: ManuallyDrop<Vec<Option<Arc<OwnedFd>>>>,
     in_flight: usize,
     ready: Vec<Completion>,
 }
@@ -140,20 +140,37 @@ impl Ring {
         })
     }
 
-    /// Makes a file known to the ring; it stays open as long as the ring lives.
+    /// Makes a file known to the ring; it stays open until it is forgotten, or the ring ends.
     pub fn register_file(&mut self, file: Arc<OwnedFd>) -> Result<FileId> {
-        let fail = |e| SysError::call("IORING_REGISTER_FILES_UPDATE", "", e);
-        let index = u32::try_from(self.files.len()).unwrap_or(u32::MAX);
-        if self.files.len() >= REGISTERED_MAX {
+        let vacant = self.files.iter().position(Option::is_none);
+        let index = vacant.unwrap_or(self.files.len());
+        if index >= REGISTERED_MAX {
             return Err(SysError::unfit("ring", "it knows as many files as it can"));
         }
-        let one = [file.as_raw_fd()];
-        self.queues
-            .submitter()
-            .register_files_update(index, &one)
-            .map_err(fail)?;
-        self.files.push(file);
-        Ok(FileId(index))
+        let id = FileId(u32::try_from(index).unwrap_or(u32::MAX));
+        self.update_file(id, file.as_raw_fd())?;
+        match self.files.get_mut(index) {
+            Some(place) => *place = Some(file),
+            None => self.files.push(Some(file)),
+        }
+        Ok(id)
+    }
+
+    /// Forgets a file; its id may be given to another one. Operations in flight on it go on, and keep it open till then.
+    pub fn forget_file(&mut self, id: FileId) -> Result<()> {
+        let index = usize::try_from(id.0).unwrap_or(usize::MAX);
+        let known = self.files.get_mut(index).and_then(Option::take);
+        if known.is_none() {
+            return Err(SysError::unfit("ring", "it does not know that file"));
+        }
+        self.update_file(id, -1)
+    }
+
+    fn update_file(&mut self, id: FileId, fd: i32) -> Result<()> {
+        let updated = self.queues.submitter().register_files_update(id.0, &[fd]);
+        updated
+            .map(|_| ())
+            .map_err(|e| SysError::call("IORING_REGISTER_FILES_UPDATE", "", e))
     }
 
     /// Makes a mapping known to the ring; it stays mapped as long as the ring lives.

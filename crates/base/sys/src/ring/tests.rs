@@ -184,3 +184,26 @@ fn zeroes_by_fallocate() {
         assert_eq!(file.metadata().unwrap().len(), 16384);
     }
 }
+
+#[test]
+fn a_forgotten_file_leaves_its_place() {
+    let mut ring = Ring::new(4).unwrap();
+    let (_keep, first) = scratch("forget-1", b"first");
+    let (_keep, second) = scratch("forget-2", b"second");
+    let id = ring.register_file(first).unwrap();
+    ring.forget_file(id).unwrap();
+    ring.forget_file(id).unwrap_err();
+    ring.read_owned(1, (id, 0), AlignedBuffer::new(4096), 8)
+        .unwrap();
+    assert_eq!(one(&mut ring).result, Err(Errno::BADF));
+    let again = ring.register_file(second).unwrap();
+    assert_eq!(again, id);
+    ring.read_owned(2, (again, 0), AlignedBuffer::new(4096), 8)
+        .unwrap();
+    assert_eq!(&one(&mut ring).buffer.unwrap()[..6], b"second");
+    for _ in 0..50 {
+        let (_keep, file) = scratch("forget-3", b"x");
+        let id = ring.register_file(file).unwrap();
+        ring.forget_file(id).unwrap();
+    }
+}
