@@ -1,0 +1,598 @@
+//! A backup: a snapshot of a volume becomes an image of a repository, or nothing does.
+//!
+//! ```text
+//!   open · give up dead claims · newest image
+//!      │
+//!   claim (pins the base) ─▶ is the base whole? ─▶ what is absent in it
+//!      │
+//!   snapshot(base's generation, absent) ─▶ kind and reason
+//!      │
+//!   workers: read ─▶ zero test ─▶ digest ─▶ compress ─▶ append, each its own piece, ascending
+//!      │
+//!   snapshot finished? every wanted block stored? ─▶ begin_commit ─▶ commit
+//!      └ any error, any cancel before begin_commit: the claim ends as abandoned
+//! ```
+//! **Invariant**: committed means every wanted block was taken before anything was revoked; an incremental's wanted set
+//! holds all that changed since its base and all that the base has no content of.
+
+use crate::environment::{Entered, Environment};
+use crate::error::JobError;
+use crate::pieces::{Failure, PIECE_BYTES, Pieces, in_parallel, runs_within};
+use crate::plan::{BaseFacts, Newest, PlanFacts, RepositoryFacts, after_snapshot, before_snapshot};
+use crate::rate::Rate;
+use crate::running::{Control, Running};
+use crate::source::{BeginError, Begun, SnapshotAsk, SnapshotSource, TrackerSays};
+use blktide_format::manifest::{Counters, ImageHead, ImageKind};
+use blktide_image::{Content, ImageError, ImageFacts, ImageReader, ImageWriter};
+use blktide_repo::{ClaimRequest, ImageEntry, RepoError, Repository, Session};
+use blktide_sys::buffer::AlignedBuffer;
+use blktide_types::clock::Instant;
+use blktide_types::geometry::Geometry;
+use blktide_types::id::{Digest, GenerationName, ImageId, VolumeId};
+use blktide_types::io::{BlockOutcome, SnapshotRead};
+use blktide_types::range::BlockRange;
+use blktide_types::reason::Reason;
+use blktide_types::set::BlockSet;
+use blktide_types::unit::BlockIndex;
+use core::sync::atomic::{AtomicU64, Ordering};
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Opens the repository, in the job's own thread: it may hang.
+pub type OpenRepository = Box<dyn FnOnce() -> Result<Repository, RepoError> + Send>;
+
+/// Asks for the free bytes of the repository's storage, in the job's own thread.
+pub type FreeBytes = Box<dyn FnOnce() -> io::Result<u64> + Send>;
+
+/// What is to be backed up, and how.
+pub struct BackupRequest {
+    /// Where to.
+    pub repository: OpenRepository,
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its name.
+    pub volume_name: String,
+    /// What identifies its device, in words that a reboot does not change; empty if nothing does.
+    pub device: String,
+    /// Makes the snapshot.
+    pub source: Arc<dyn SnapshotSource>,
+    /// `--full`.
+    pub full: bool,
+    /// The image that this machine remembers as the newest there.
+    pub remembered: Option<ImageId>,
+    /// Bytes to read a second at most; 0: no limit.
+    pub max_read_rate: u64,
+    /// Threads; 0: two more than cores, at least four.
+    pub workers: usize,
+    /// How much is free, and how much is to be left free: below that the backup is refused before it reads.
+    pub min_free: Option<(FreeBytes, u64)>,
+}
+
+impl core::fmt::Debug for BackupRequest {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("BackupRequest")
+            .field("volume", &self.volume_name)
+            .field("full", &self.full)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An image that now exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackupReport {
+    /// Its facts: number, kind, reason, counters.
+    pub head: ImageHead,
+    /// Blocks that the device could not read; they are wanted again by the next backup. A warning if there are any.
+    pub unreadable: Vec<BlockRange>,
+}
+
+/// Starts a backup. Waits for nothing.
+pub fn start(
+    request: BackupRequest,
+    environment: &Environment,
+) -> Result<Running<BackupReport>, JobError> {
+    let control = Control::new(
+        Arc::clone(&environment.clock),
+        environment.on_progress.clone(),
+    );
+    let environment = environment.clone();
+    Running::start("backup", control, move |control| {
+        run(request, &environment, control)
+    })
+}
+
+fn run(
+    mut request: BackupRequest,
+    environment: &Environment,
+    control: &Arc<Control>,
+) -> Result<BackupReport, JobError> {
+    let open = core::mem::replace(
+        &mut request.repository,
+        Box::new(|| Err(RepoError::Misuse("opened twice"))),
+    );
+    let repository = open()?;
+    control.check()?;
+    check_room(request.min_free.take())?;
+    // A claim that cannot be given up now costs room, not correctness; what is wrong with the repository shows below.
+    drop(environment.give_up_dead(&repository, request.volume));
+    let mut attempt = Attempt {
+        request: &request,
+        environment,
+        control,
+        repository: &repository,
+        base_is_bad: false,
+        started: environment.clock.now(),
+    };
+    match attempt.run() {
+        Err(JobError::Repository { source }) if attempt.is_of_the_base(&source) => {
+            // Else a damaged base would fail every backup from now on.
+            attempt.base_is_bad = true;
+            control.work_again()?;
+            attempt.run()
+        }
+        result => result,
+    }
+}
+
+fn check_room(min_free: Option<(FreeBytes, u64)>) -> Result<(), JobError> {
+    let Some((free_bytes, min_free_bytes)) = min_free else {
+        return Ok(());
+    };
+    let free_bytes = free_bytes().map_err(|source| JobError::RepositoryUnreachable {
+        source: ImageError::Repository(RepoError::Store {
+            verb: "read",
+            name: String::new(),
+            source: blktide_repo::StoreError::Io(source),
+        }),
+    })?;
+    if free_bytes < min_free_bytes {
+        return Err(JobError::RepositoryLow {
+            free_bytes,
+            min_free_bytes,
+        });
+    }
+    Ok(())
+}
+
+/// What a survey of the repository found.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) facts: RepositoryFacts,
+    pub(crate) newest: Option<ImageEntry>,
+}
+
+/// The newest image of the volume, from its head only.
+pub(crate) fn survey(repository: &Repository, volume: VolumeId) -> Result<Found, JobError> {
+    let (newest, entry) = match repository.latest(volume) {
+        Ok(None) => (Newest::None, None),
+        Ok(Some(entry)) => (Newest::Usable(base_facts(&entry.head)), Some(entry)),
+        Err(RepoError::Damaged { .. } | RepoError::BaseGone { .. }) => (Newest::Unusable, None),
+        Err(error) => return Err(error.into()),
+    };
+    Ok(Found {
+        facts: RepositoryFacts {
+            newest,
+            newest_host: entry.as_ref().map(|entry| entry.head.host),
+        },
+        newest: entry,
+    })
+}
+
+fn base_facts(head: &ImageHead) -> BaseFacts {
+    BaseFacts {
+        image: head.image,
+        host: head.host,
+        geometry: head.geometry,
+        device: head.device.clone(),
+        generation: head.generation,
+    }
+}
+
+struct Attempt<'a> {
+    request: &'a BackupRequest,
+    environment: &'a Environment,
+    control: &'a Arc<Control>,
+    repository: &'a Repository,
+    base_is_bad: bool,
+    started: Instant,
+}
+
+/// A snapshot, and what is to be made of it.
+struct Prepared {
+    begun: Begun,
+    geometry: Geometry,
+    base: Option<Arc<ImageReader>>,
+    reason: Option<Reason>,
+}
+
+impl Attempt<'_> {
+    fn is_of_the_base(&self, error: &ImageError) -> bool {
+        !self.base_is_bad
+            && matches!(
+                error,
+                ImageError::Damaged { .. }
+                    | ImageError::Repository(
+                        RepoError::Damaged { .. } | RepoError::BaseGone { .. }
+                    )
+            )
+    }
+
+    fn run(&self) -> Result<BackupReport, JobError> {
+        let found = survey(self.repository, self.request.volume)?;
+        let mut facts = PlanFacts {
+            full_asked: self.request.full,
+            host: self.environment.host,
+            geometry: self.request.source.geometry(),
+            device: self.request.device.clone(),
+            repository: found.facts,
+            remembered: self.request.remembered,
+        };
+        if self.base_is_bad {
+            facts.repository.newest = Newest::Unusable;
+        }
+        self.control.check()?;
+        let (session, _entered) = self.claim(&facts, found.newest.as_ref())?;
+        if let Some(host) = session.neighbour {
+            facts.repository.newest_host = Some(host);
+        }
+        let prepared = match self.prepare(&mut facts, found.newest.as_ref()) {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                // The claim that stays if this fails is given up by the next backup.
+                drop(session.abandon());
+                return Err(error);
+            }
+        };
+        let previous = found.newest.map_or(Digest::NONE, |entry| entry.digest);
+        self.write(session, &prepared, previous)
+    }
+
+    fn claim(
+        &self,
+        facts: &PlanFacts,
+        newest: Option<&ImageEntry>,
+    ) -> Result<(Session, Entered), JobError> {
+        let base = before_snapshot(facts)
+            .ok()
+            .and(newest)
+            .map(|entry| (entry.head.image, entry.head.sequence));
+        let session = self.repository.claim(
+            ClaimRequest {
+                volume: self.request.volume,
+                volume_name: self.request.volume_name.clone(),
+                host: self.environment.host,
+                host_name: self.environment.host_name.clone(),
+                process: self.environment.process,
+                base,
+                generation: GenerationName::NONE,
+                now: self.environment.clock.wall(),
+            },
+            &*self.environment.random,
+        )?;
+        let entered = self.environment.sessions.enter(session.claim().session);
+        Ok((session, entered))
+    }
+
+    /// From the claim to the snapshot: the base is looked at only now that it is pinned.
+    fn prepare(
+        &self,
+        facts: &mut PlanFacts,
+        newest: Option<&ImageEntry>,
+    ) -> Result<Prepared, JobError> {
+        self.control.check()?;
+        let (mut base, mut generation) = (None, None);
+        if let (Ok(known), Some(entry)) = (before_snapshot(facts), newest) {
+            generation = Some(known.generation).filter(|name| !name.is_none());
+            base = open_base(self.repository, entry)?;
+            if base.is_none() {
+                generation = None;
+                facts.repository.newest = Newest::Unusable;
+            }
+        }
+        self.control.check()?;
+        let ask = SnapshotAsk {
+            base: generation,
+            absent: generation.and_then(|_| base.as_ref().map(|(_, absent)| absent.clone())),
+        };
+        let begun = self.request.source.begin(&ask).map_err(begin_error)?;
+        let geometry = begun.snapshot.geometry();
+        facts.geometry = geometry;
+        let reason = match before_snapshot(facts) {
+            Err(reason) => Some(reason),
+            Ok(base) => after_snapshot(facts, base, begun.tracker),
+        };
+        let base = base.filter(|_| reason.is_none());
+        check_wanted(&*begun.snapshot, base.as_ref().map(|(_, absent)| absent))?;
+        Ok(Prepared {
+            begun,
+            geometry,
+            base: base.map(|(reader, _)| reader),
+            reason,
+        })
+    }
+
+    fn write(
+        &self,
+        session: Session,
+        prepared: &Prepared,
+        previous: Digest,
+    ) -> Result<BackupReport, JobError> {
+        let snapshot = Arc::clone(&prepared.begun.snapshot);
+        let of_words = Arc::clone(&snapshot);
+        let writer = ImageWriter::new(
+            session,
+            prepared.geometry,
+            prepared.base.clone(),
+            Arc::new(move |leaf| {
+                let word = usize::try_from(leaf).unwrap_or(usize::MAX);
+                of_words.wanted().words().get(word).copied().unwrap_or(0)
+            }),
+        )?;
+        let taken = match self.take_all(prepared, &writer) {
+            Ok(taken) => taken,
+            Err(error) => {
+                drop(writer.abandon());
+                return Err(error);
+            }
+        };
+        let facts = self.image_facts(prepared, &taken, previous);
+        let committed = writer.commit(facts)?;
+        Ok(BackupReport {
+            head: committed.head,
+            unreadable: taken.unreadable.runs().collect(),
+        })
+    }
+
+    /// Reads and stores all that is wanted, and makes sure that it was all. After this a cancel comes too late.
+    fn take_all(&self, prepared: &Prepared, writer: &ImageWriter) -> Result<Taken, JobError> {
+        let snapshot = &*prepared.begun.snapshot;
+        let rate = Rate::new(self.request.max_read_rate);
+        let block_bytes = prepared.geometry.block_size().bytes_u64();
+        let piece_bytes = rate.piece_bytes(PIECE_BYTES, block_bytes);
+        let pass = Pass {
+            control: self.control,
+            snapshot,
+            writer,
+            geometry: prepared.geometry,
+            pieces: Pieces::new(prepared.geometry.block_count().0, piece_bytes / block_bytes),
+            rate,
+            read_bytes: AtomicU64::new(0),
+            read_blocks: AtomicU64::new(0),
+            unreadable: Mutex::new(BlockSet::new(prepared.geometry.block_count())),
+        };
+        self.control
+            .set_total(bytes_of_set(&prepared.geometry, snapshot.wanted()));
+        in_parallel(self.request.workers, self.control, &|failure| {
+            pass.work(failure)
+        })?;
+        if pass.read_blocks.into_inner() != snapshot.wanted().count().0 {
+            return Err(JobError::Mismatch {
+                what: "the wanted set changed while it was read",
+            });
+        }
+        snapshot.finish()?;
+        self.control.begin_commit()?;
+        Ok(Taken {
+            read_bytes: pass.read_bytes.into_inner(),
+            unreadable: pass
+                .unreadable
+                .into_inner()
+                .unwrap_or_else(PoisonError::into_inner),
+        })
+    }
+
+    fn image_facts(&self, prepared: &Prepared, taken: &Taken, previous: Digest) -> ImageFacts {
+        let begun = &prepared.begun;
+        let incremental = prepared.reason.is_none();
+        let changed = begun.snapshot.changed().filter(|_| incremental).cloned();
+        let changed_bytes = changed.as_ref().map_or(taken.read_bytes, |set| {
+            bytes_of_set(&prepared.geometry, set)
+        });
+        let cost = self.request.source.cost(begun.id);
+        let clock = &self.environment.clock;
+        ImageFacts {
+            device: self.request.device.clone(),
+            generation: begun.opened,
+            kind: if incremental {
+                ImageKind::Incremental
+            } else {
+                ImageKind::Full
+            },
+            reason: prepared.reason,
+            consistency: begun.consistency,
+            instant: begun.instant,
+            committed: clock.wall(),
+            counters: Counters {
+                read_bytes: taken.read_bytes,
+                changed_bytes,
+                stored_bytes: 0,
+                preserved_bytes: cost.preserved_bytes,
+                duration_ns: nanos(clock.now().since(self.started)),
+                longest_wait_ns: nanos(cost.longest_wait),
+                longest_freeze_ns: nanos(cost.longest_freeze),
+            },
+            changed,
+            evidence: begun.evidence.clone(),
+            previous,
+        }
+    }
+}
+
+/// The base and what is absent in it; `None` if it lacks something it needs.
+pub(crate) fn open_base(
+    repository: &Repository,
+    entry: &ImageEntry,
+) -> Result<Option<(Arc<ImageReader>, BlockSet)>, JobError> {
+    let opened = ImageReader::open_base(repository, entry)
+        .and_then(|reader| reader.absent().map(|absent| (Arc::new(reader), absent)));
+    match opened {
+        Ok(base) => Ok(Some(base)),
+        Err(
+            ImageError::Damaged { .. }
+            | ImageError::Repository(
+                RepoError::BaseGone { .. } | RepoError::Damaged { .. } | RepoError::NoImage,
+            ),
+        ) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The volume's answer is not believed blindly: what an image of this kind needs must be wanted (P10).
+fn check_wanted(snapshot: &dyn SnapshotRead, absent: Option<&BlockSet>) -> Result<(), JobError> {
+    let (wanted, blocks) = (snapshot.wanted(), snapshot.geometry().block_count());
+    if wanted.len() != blocks {
+        return Err(JobError::Mismatch {
+            what: "the wanted set is of another size",
+        });
+    }
+    let what = match absent {
+        None if wanted.count() != blocks => "a full image wants every block",
+        Some(absent) if !absent.is_subset_of(wanted) => "what the base lacks is not wanted",
+        Some(_)
+            if snapshot
+                .changed()
+                .is_none_or(|changed| !changed.is_subset_of(wanted)) =>
+        {
+            "what changed is not wanted"
+        }
+        None | Some(_) => return Ok(()),
+    };
+    Err(JobError::Mismatch { what })
+}
+
+fn begin_error(error: BeginError) -> JobError {
+    match error {
+        BeginError::Busy | BeginError::Taken => JobError::Busy,
+        BeginError::Revoked(cause) => JobError::SnapshotRevoked { cause },
+        BeginError::Io(source) => JobError::Volume { source },
+    }
+}
+
+fn nanos(duration: core::time::Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn bytes_of_set(geometry: &Geometry, set: &BlockSet) -> u64 {
+    set.runs()
+        .fold(0, |sum, run| geometry.bytes_of(run).1.saturating_add(sum))
+}
+
+struct Taken {
+    read_bytes: u64,
+    unreadable: BlockSet,
+}
+
+/// One ascending pass over the wanted blocks.
+struct Pass<'a> {
+    control: &'a Control,
+    snapshot: &'a dyn SnapshotRead,
+    writer: &'a ImageWriter,
+    geometry: Geometry,
+    pieces: Pieces,
+    rate: Rate,
+    read_bytes: AtomicU64,
+    read_blocks: AtomicU64,
+    unreadable: Mutex<BlockSet>,
+}
+
+impl Pass<'_> {
+    fn work(&self, failure: &Failure) -> Result<(), JobError> {
+        let block_bytes = self.geometry.block_size().bytes_usize();
+        let mut buffer = AlignedBuffer::new(0);
+        while !failure.is_set() {
+            let Some(piece) = self.pieces.next_in(self.snapshot.wanted()) else {
+                break;
+            };
+            self.control.check()?;
+            let needed = usize::try_from(piece.count().0)
+                .unwrap_or(usize::MAX)
+                .saturating_mul(block_bytes);
+            if buffer.len() < needed {
+                buffer = AlignedBuffer::new(needed);
+            }
+            self.take(piece, &mut buffer)?;
+        }
+        Ok(())
+    }
+
+    /// Reads what is wanted of `piece` and stores it.
+    fn take(&self, piece: BlockRange, buffer: &mut [u8]) -> Result<(), JobError> {
+        let block_bytes = self.geometry.block_size().bytes_usize();
+        let mut outcomes: Vec<(BlockIndex, BlockOutcome)> = Vec::new();
+        let mut rest = buffer;
+        let mut parts: Vec<&[u8]> = Vec::new();
+        let mut bytes = 0;
+        for run in runs_within(self.snapshot.wanted(), piece) {
+            let (_, run_bytes) = self.geometry.bytes_of(run);
+            self.rate.wait(run_bytes, self.control)?;
+            let length = usize::try_from(run.count().0)
+                .unwrap_or(usize::MAX)
+                .saturating_mul(block_bytes);
+            let Some((part, left)) = rest.split_at_mut_checked(length) else {
+                return Err(JobError::Died);
+            };
+            rest = left;
+            let got = self.snapshot.read_blocks(run, part)?;
+            if got.len() != part.len() / block_bytes {
+                return Err(JobError::Mismatch {
+                    what: "a read told of another number of blocks",
+                });
+            }
+            outcomes.extend(run.blocks().zip(got));
+            parts.extend(part.chunks_exact(block_bytes));
+            bytes += run_bytes;
+        }
+        let mut blocks = Vec::with_capacity(outcomes.len());
+        for ((block, outcome), part) in outcomes.into_iter().zip(parts) {
+            blocks.push((block, self.content(block, outcome, part)));
+        }
+        let stored = self.writer.put(&blocks)?;
+        self.read_blocks.fetch_add(
+            u64::try_from(blocks.len()).unwrap_or(u64::MAX),
+            Ordering::Relaxed,
+        );
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.control.advance(bytes, stored.stored_bytes);
+        Ok(())
+    }
+
+    fn content<'b>(&self, block: BlockIndex, outcome: BlockOutcome, part: &'b [u8]) -> Content<'b> {
+        let true_bytes = usize::try_from(self.geometry.block_bytes(block)).unwrap_or(0);
+        match (outcome, part.get(..true_bytes)) {
+            (BlockOutcome::Data, Some(bytes)) => Content::Bytes(bytes),
+            (BlockOutcome::Data, None) | (BlockOutcome::Unreadable, _) => {
+                self.unreadable
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .insert(block);
+                Content::Unreadable
+            }
+        }
+    }
+}
+
+/// What a backup would be now: `backup --dry-run`, `status`. Claims nothing; reads the newest image's head and what it
+/// needs. `ask` is told the base's generation and what the base lacks, and answers what the tracker says of it and how many
+/// bytes would be wanted.
+///
+/// Waits: for the repository.
+pub fn preview(
+    repository: &Repository,
+    volume: VolumeId,
+    facts: impl FnOnce(RepositoryFacts) -> PlanFacts,
+    ask: &dyn Fn(GenerationName, &BlockSet) -> (TrackerSays, u64),
+) -> Result<crate::plan::Plan, JobError> {
+    let found = survey(repository, volume)?;
+    let mut facts = facts(found.facts);
+    if let Some(newest) = repository.claims(volume)?.last() {
+        facts.repository.newest_host = Some(newest.request.host);
+    }
+    let mut answer = (TrackerSays::Unresolved, 0);
+    if let (Ok(base), Some(entry)) = (before_snapshot(&facts), &found.newest) {
+        match open_base(repository, entry)? {
+            Some((_, absent)) => answer = ask(base.generation, &absent),
+            None => facts.repository.newest = Newest::Unusable,
+        }
+    }
+    Ok(crate::plan::plan(&facts, answer.0, answer.1))
+}

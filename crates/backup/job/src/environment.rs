@@ -1,0 +1,106 @@
+//! What a job is given by its process: clocks, randomness, who we are, and which of our sessions still run.
+
+use crate::running::OnProgress;
+use blktide_repo::{ClaimState, ProcessMark, RepoError, Repository};
+use blktide_types::clock::{Clock, Random};
+use blktide_types::id::{HostId, SessionId, VolumeId};
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Says whether a process of this machine still lives.
+pub type IsAlive = Arc<dyn Fn(&ProcessMark) -> bool + Send + Sync>;
+
+/// What a job is given by its process. Made once, cloned for each job.
+#[derive(Clone)]
+pub struct Environment {
+    /// The clocks.
+    pub clock: Arc<dyn Clock>,
+    /// Randomness.
+    pub random: Arc<dyn Random>,
+    /// Who wants to know how far a job is.
+    pub on_progress: Option<OnProgress>,
+    /// This machine.
+    pub host: HostId,
+    /// Its name.
+    pub host_name: String,
+    /// This process.
+    pub process: ProcessMark,
+    /// Whether a process of this machine lives.
+    pub is_alive: IsAlive,
+    /// Sessions of this process that still have a thread.
+    pub sessions: Arc<OpenSessions>,
+}
+
+impl core::fmt::Debug for Environment {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Environment")
+            .field("host", &self.host)
+            .field("process", &self.process)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The sessions of this process that still have a thread, be it one that hangs.
+///
+/// So a claim that a failed job of this process could not give up (the repository failed just then) is given up by
+/// the next job: nobody has to clean up by hand.
+#[derive(Debug, Default)]
+pub struct OpenSessions {
+    sessions: Mutex<BTreeSet<SessionId>>,
+}
+
+/// A session's entry, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Entered {
+    sessions: Arc<OpenSessions>,
+    session: SessionId,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.sessions
+            .sessions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.session);
+    }
+}
+
+impl OpenSessions {
+    pub(crate) fn enter(self: &Arc<Self>, session: SessionId) -> Entered {
+        self.sessions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(session);
+        Entered {
+            sessions: Arc::clone(self),
+            session,
+        }
+    }
+
+    fn contains(&self, session: SessionId) -> bool {
+        self.sessions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(&session)
+    }
+}
+
+impl Environment {
+    /// Gives up the open claims of this machine that nobody works at any more.
+    ///
+    /// Errors: the repository's; then such claims stay, and cost nothing but their packs' room.
+    pub fn give_up_dead(&self, repository: &Repository, volume: VolumeId) -> Result<(), RepoError> {
+        repository.abandon_dead(volume, self.host, &*self.is_alive)?;
+        for claim in repository.claims(volume)? {
+            if claim.state == ClaimState::Open
+                && claim.request.host == self.host
+                && claim.request.process == self.process
+                && !self.sessions.contains(claim.session)
+            {
+                repository.abandon(volume, claim.sequence)?;
+            }
+        }
+        Ok(())
+    }
+}
