@@ -93,21 +93,26 @@ impl Unnamed {
     ///
     /// Crash: nothing of that name, or the whole file. `Existed` too is only said when the other's name is durable.
     pub fn publish(self, name: &str) -> Result<Created> {
+        let folder = self.folder.clone();
+        let made = self.link(name)?;
+        sync_folder(&folder)?;
+        Ok(made)
+    }
+
+    /// Syncs the file and gives it `name` in its folder unless something bears it. The name is durable once the folder has
+    /// been synced, which is left to the caller.
+    pub fn link(self, name: &str) -> Result<Created> {
         let path = self.folder.join(name);
-        self.file
-            .sync_all()
-            .map_err(|e| SysError::call("fsync", &path, e))?;
+        self.file.sync_all().map_err(|e| SysError::call("fsync", &path, e))?;
         let linked = match &self.temporary {
             None => link_unnamed(&self.file, &path),
             Some(temporary) => std::fs::hard_link(temporary, &path),
         };
-        let made = match linked {
-            Ok(()) => Created::Made,
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Created::Existed,
-            Err(e) => return Err(SysError::call("linkat", path, e)),
-        };
-        sync_folder(&self.folder)?;
-        Ok(made)
+        match linked {
+            Ok(()) => Ok(Created::Made),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(Created::Existed),
+            Err(e) => Err(SysError::call("linkat", path, e)),
+        }
     }
 }
 
