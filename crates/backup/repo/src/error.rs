@@ -64,6 +64,18 @@ pub enum RepoError {
 }
 
 impl RepoError {
+    /// Wraps a store's error with what was being done to `name`.
+    pub(crate) fn at(verb: &'static str, name: &str) -> impl FnOnce(StoreError) -> Self {
+        let name = name.to_owned();
+        move |source| Self::Store { verb, name, source }
+    }
+
+    /// Wraps a decoder's error with the object's name.
+    pub(crate) fn damaged(name: &str) -> impl FnOnce(FormatError) -> Self {
+        let name = name.to_owned();
+        move |source| Self::Damaged { name, source }
+    }
+
     /// Whether it failed for want of room (`repository-full`).
     pub fn is_full(&self) -> bool {
         matches!(

@@ -116,6 +116,8 @@ pub enum Outcome {
 pub struct EndFacts {
     /// The claim's number.
     pub sequence: u64,
+    /// The run whose claim it ends.
+    pub session: SessionId,
     /// What became of it.
     pub outcome: Outcome,
     /// Who wrote this end.
@@ -191,13 +193,8 @@ pub fn decode_claim(
     })
 }
 
-/// Bytes of an `end` of the claim of `session`.
-pub fn encode_end(
-    repository: RepositoryId,
-    volume: VolumeId,
-    session: SessionId,
-    facts: &EndFacts,
-) -> Vec<u8> {
+/// Bytes of an `end`.
+pub fn encode_end(repository: RepositoryId, volume: VolumeId, facts: &EndFacts) -> Vec<u8> {
     let (outcome, image, digest) = match facts.outcome {
         Outcome::Committed { image, digest } => (1, image, digest),
         Outcome::Abandoned => (2, ImageId::NONE, Digest::NONE),
@@ -214,31 +211,32 @@ pub fn encode_end(
     };
     let identity = Identity {
         repository,
-        object: object_id(session, COUNTER_END),
+        object: object_id(facts.session, COUNTER_END),
         volume,
-        session,
+        session: facts.session,
     };
     object::encode_small(ObjectKind::End, identity, body.as_bytes())
 }
 
-/// What the `end` of the claim of `session` says.
+/// What the `end` of `volume` at `sequence` says.
 pub fn decode_end(
     bytes: &[u8],
     repository: RepositoryId,
     volume: VolumeId,
-    session: SessionId,
     sequence: u64,
 ) -> Result<EndFacts, FormatError> {
     let expected = Expected {
         repository: Some(repository),
         volume: Some(volume),
-        session: Some(session),
-        object: Some(object_id(session, COUNTER_END)),
+        ..Expected::default()
     };
-    let (_, body) = object::decode_small(bytes, ObjectKind::End, expected)?;
+    let (identity, body) = object::decode_small(bytes, ObjectKind::End, expected)?;
     let Ok(body) = EndBody::read_from_bytes(body) else {
         return Err(length(size_of::<EndBody>(), body.len()));
     };
+    if identity.object != object_id(identity.session, COUNTER_END) {
+        return Err(FormatError::Identity { field: "object" });
+    }
     if body.sequence.get() != sequence {
         return Err(FormatError::Identity { field: "sequence" });
     }
@@ -257,6 +255,7 @@ pub fn decode_end(
     };
     Ok(EndFacts {
         sequence,
+        session: identity.session,
         outcome,
         writer: SessionId(body.writer),
         time: WallTime(body.time.get()),

@@ -162,6 +162,11 @@ pub fn encode(facts: &EntryFacts, pack: ObjectId, offset_bytes: u32) -> EntryHea
     header
 }
 
+/// The header's bytes.
+pub fn header_bytes(header: &EntryHeader) -> &[u8] {
+    header.as_bytes()
+}
+
 /// The header at the start of `bytes`, which lie at `offset_bytes` of `pack`. The payload is not looked at.
 pub fn decode(
     bytes: &[u8],

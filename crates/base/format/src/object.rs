@@ -180,6 +180,11 @@ pub fn encode_header(
     header
 }
 
+/// The header's bytes.
+pub fn header_bytes(header: &ObjectHeader) -> &[u8] {
+    header.as_bytes()
+}
+
 /// A small object: header and body.
 pub fn encode_small(kind: ObjectKind, identity: Identity, body: &[u8]) -> Vec<u8> {
     let length = u64::try_from(body.len()).unwrap_or(u64::MAX);
