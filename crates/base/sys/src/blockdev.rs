@@ -114,6 +114,12 @@ impl BlockDevice {
         Ok(self.number_in("ro")? != 0)
     }
 
+    /// Whether it has zones that are written in order only.
+    pub fn is_zoned(&self) -> bool {
+        let path = self.disk_folder().join("queue/zoned");
+        read_trimmed(&path).is_ok_and(|kind| kind != "none")
+    }
+
     /// What was read and written since it appeared.
     pub fn counters(&self) -> Result<Counters> {
         let path = self.folder.join("stat");

@@ -103,7 +103,9 @@ impl Unnamed {
     /// been synced, which is left to the caller.
     pub fn link(self, name: &str) -> Result<Created> {
         let path = self.folder.join(name);
-        self.file.sync_all().map_err(|e| SysError::call("fsync", &path, e))?;
+        self.file
+            .sync_all()
+            .map_err(|e| SysError::call("fsync", &path, e))?;
         let linked = match &self.temporary {
             None => link_unnamed(&self.file, &path),
             Some(temporary) => std::fs::hard_link(temporary, &path),
