@@ -1,6 +1,7 @@
 //! The rules of this repository that no compiler checks: headers, sizes, names, tests that say what they need.
 
 use anyhow::{Result, ensure};
+use blktide_types::reason::Reason;
 use std::fs;
 use std::path::Path;
 
@@ -56,7 +57,8 @@ pub fn run() -> Result<()> {
         }
     }
     check_end_to_end(&mut errors)?;
-    check_architecture(&mut errors)?;
+    check_architecture(&mut errors);
+    check_reasons(&mut errors);
     ensure!(errors.is_empty(), "{}", errors.join("\n"));
     Ok(())
 }
@@ -148,13 +150,23 @@ fn check_end_to_end(errors: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
-fn check_architecture(errors: &mut Vec<String>) -> Result<()> {
+fn check_architecture(errors: &mut Vec<String>) {
     if let Ok(text) = fs::read_to_string("ARCHITECTURE.md")
         && text.lines().count() > 300
     {
         errors.push("ARCHITECTURE.md: more than 300 lines".to_owned());
     }
-    Ok(())
+}
+
+/// Each reason of the closed list has its section in the manual.
+fn check_reasons(errors: &mut Vec<String>) {
+    let page = "docs/failures.md";
+    let text = fs::read_to_string(page).unwrap_or_default();
+    for reason in Reason::ALL {
+        if !text.contains(&format!("\n### `{reason}`\n")) {
+            errors.push(format!("{page}: no section for `{reason}`"));
+        }
+    }
 }
 
 #[cfg(test)]
