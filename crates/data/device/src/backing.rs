@@ -139,23 +139,20 @@ fn limits(fenced: &Fenced, device: Option<&BlockDevice>) -> Result<Limits, Devic
         path: path.to_owned(),
         why,
     };
-    let (logical, physical) = match device {
-        Some(device) => {
-            if device.is_read_only().map_err(open)? {
-                return Err(unfit("the device is read-only"));
-            }
-            if device.is_zoned() {
-                return Err(unfit("a zoned device cannot be tracked"));
-            }
-            (
-                device.logical_sector_bytes().map_err(open)?,
-                device.physical_sector_bytes().map_err(open)?,
-            )
+    let (logical, physical) = if let Some(device) = device {
+        if device.is_read_only().map_err(open)? {
+            return Err(unfit("the device is read-only"));
         }
-        None => {
-            let sector = file_sector(fenced).map_err(open)?;
-            (sector, SECTOR_MAX.max(sector))
+        if device.is_zoned() {
+            return Err(unfit("a zoned device cannot be tracked"));
         }
+        (
+            device.logical_sector_bytes().map_err(open)?,
+            device.physical_sector_bytes().map_err(open)?,
+        )
+    } else {
+        let sector = file_sector(fenced).map_err(open)?;
+        (sector, SECTOR_MAX.max(sector))
     };
     if logical > SECTOR_MAX || !logical.is_power_of_two() {
         return Err(unfit("its sectors are larger than 4096 bytes"));
