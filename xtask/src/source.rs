@@ -40,6 +40,28 @@ fn below(folder: &Path, out: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
+/// Packages whose name, or one of whose test files, contains `part`.
+pub fn packages_with(part: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let planes = fs::read_dir("crates").into_iter().flatten().flatten();
+    let mut folders: Vec<PathBuf> = planes
+        .flat_map(|plane| fs::read_dir(plane.path()).into_iter().flatten().flatten())
+        .map(|entry| entry.path())
+        .collect();
+    folders.extend(["crates/api", "daemon", "ctl"].map(PathBuf::from));
+    for folder in folders.iter().filter(|f| f.join("Cargo.toml").is_file()) {
+        let name = format!("blktide-{}", stem(folder));
+        let tests = fs::read_dir(folder.join("tests"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        if name.contains(part) || tests.into_iter().any(|t| stem(&t.path()).contains(part)) {
+            found.push(name);
+        }
+    }
+    found
+}
+
 /// The end-to-end tests: files directly in `tests/tests`.
 pub fn end_to_end() -> Result<Vec<PathBuf>> {
     let mut out: Vec<PathBuf> = fs::read_dir("tests/tests")?

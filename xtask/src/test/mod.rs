@@ -122,7 +122,17 @@ pub fn run(wanted: &Wanted) -> Result<ExitCode> {
 
 /// The tests of the libraries and programs: no rights, no devices.
 fn unit(wanted: &Wanted, tally: &mut Tally) {
-    match build::tests(&["--workspace"], &[]) {
+    let packages = match &wanted.only {
+        None => Vec::new(),
+        Some(only) => source::packages_with(only),
+    };
+    let mut words: Vec<&str> = packages.iter().flat_map(|p| ["-p", p.as_str()]).collect();
+    match &wanted.only {
+        None => words.push("--workspace"),
+        Some(_) if words.is_empty() => return,
+        Some(_) => {}
+    }
+    match build::tests(&words, &[]) {
         Ok(programs) => run_each(wanted, &programs, tally),
         Err(error) => tally.failed("unit tests", &format!("{error:#}")),
     }
@@ -135,6 +145,7 @@ fn run_each(wanted: &Wanted, programs: &[TestProgram], tally: &mut Tally) {
     {
         let mut tool = Tool::new(&program.path)
             .folder(&program.folder)
+            .env("RUST_LIB_BACKTRACE", "0")
             .limit(wanted.limit(UNIT_LIMIT));
         if wanted.long {
             tool = tool.env("BLKTIDE_TEST_LONG", "1");
@@ -227,6 +238,7 @@ fn one(wanted: &Wanted, program: &TestProgram, header: &Header, folder: &Path, t
     let mut tool = Tool::new(&program.path)
         .args(["--test-threads", "1", "--nocapture"])
         .folder(&program.folder)
+        .env("RUST_LIB_BACKTRACE", "0")
         .env("BLKTIDE_BIN_DIR", folder)
         .env("BLKTIDE_TEST_MARK", &mark)
         .limit(wanted.limit(header.limit));
