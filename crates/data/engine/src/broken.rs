@@ -76,7 +76,7 @@ pub(crate) enum Break {
     MarkAfterWrite,
     /// The write is performed together with the copy of its block.
     OverwriteBeforeCopy,
-    /// A new generation bears the name of the one before it.
+    /// A new generation is named by a number that begins anew with each life.
     NameReused,
     /// A successor does not mark what its predecessor had marked.
     NoteTrusted,

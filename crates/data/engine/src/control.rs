@@ -324,10 +324,8 @@ impl Control {
             save_area: Arc::clone(&asked.memories.save_area),
         });
         let counter = self.next_counter();
-        let name = list
-            .last()
-            .map(|g| g.name)
-            .filter(|_| broken(Break::NameReused));
+        let [low, ..] = counter.to_le_bytes();
+        let name = broken(Break::NameReused).then_some(GenerationName([low; 16]));
         list.push(Generation {
             name: name.unwrap_or(asked.opens),
             counter,
@@ -481,7 +479,8 @@ impl Control {
         }
     }
 
-    /// Forgets all names, says why, and goes on with one that nobody knows (P2). A snapshot that leans on a base is revoked.
+    /// Forgets all names, says why, and goes on with one that nobody knows (P2). The
+    /// snapshot that lives is revoked, unless it leans on nothing and the tracker alone is in doubt.
     pub fn distrust(
         &mut self,
         (reason, wall): (Reason, WallTime),
@@ -506,7 +505,8 @@ impl Control {
         );
         let word = count.saturating_add(1) << 8 | u64::from(reason.number());
         head.store(control::DISTRUST, word, Ordering::SeqCst);
-        if self.living.as_ref().is_some_and(|l| l.base_resolved) {
+        let leans = self.living.as_ref().is_some_and(|l| l.base_resolved);
+        if leans || reason != Reason::TrackerSuspect {
             self.revoke(RevokeCause::Distrusted);
         }
         if !broken(Break::DistrustKeepsNames) {

@@ -18,6 +18,8 @@ pub mod control;
 mod engine;
 mod error;
 pub mod gate;
+#[cfg(all(test, not(loom)))]
+mod model;
 mod queue;
 mod request;
 pub mod snapshot;

@@ -304,7 +304,7 @@ impl Request {
             return self.complete(queue, Err(Errno::INVALID), out);
         }
         match operation {
-            Operation::Read { .. } | Operation::Flush => self.perform(out),
+            Operation::Read { .. } | Operation::Flush => self.perform(queue, out),
             Operation::Write { .. } | Operation::Zero { .. } if len == 0 => {
                 self.complete(queue, Ok(0), out);
             }
@@ -418,7 +418,7 @@ impl Request {
             self.held_until.get_or_insert(now.after(limit));
             self.wait(queue, true, now, out);
         } else if !in_flight || broken(Break::OverwriteBeforeCopy) && self.next_block >= end_block {
-            self.perform(out);
+            self.perform(queue, out);
         }
     }
 
@@ -543,8 +543,11 @@ impl Request {
         self.outside_since.get_or_insert(now);
     }
 
-    fn perform(&mut self, out: &mut Actions) {
+    fn perform(&mut self, queue: &Queue, out: &mut Actions) {
         self.stage = Stage::Performing;
+        if self.is_counted() && broken(Break::LeaveBeforeWritten) {
+            queue.engine.inner.gate.leave(queue.number);
+        }
         let (offset, _) = self.operation.span();
         let offset = offset.saturating_add(self.done);
         let len = self.piece_end.saturating_sub(offset);
@@ -572,11 +575,8 @@ impl Request {
         out: &mut Actions,
     ) {
         let (offset, len) = self.operation.span();
-        let inside = matches!(
-            self.operation,
-            Operation::Write { .. } | Operation::Zero { .. }
-        );
-        if !inside && len == 0 {
+        let flush = self.operation == Operation::Flush;
+        if flush {
             return self.complete(queue, result.map(|_| 0), out);
         }
         let bytes = match result {
@@ -595,25 +595,36 @@ impl Request {
                 }
                 self.done = self.done.saturating_add(bytes);
                 if bytes < left {
-                    self.perform(out);
+                    self.perform(queue, out);
                 } else if self.done < len {
-                    queue.engine.inner.gate.leave(queue.number);
+                    self.leave(queue);
                     self.held_until = None;
                     self.enter(queue, now, out);
                 } else {
-                    if inside {
-                        queue.engine.inner.gate.leave(queue.number);
-                    }
+                    self.leave(queue);
                     self.complete(queue, Ok(len), out);
                 }
             }
             Err(errno) => {
-                if inside {
-                    queue.engine.inner.gate.leave(queue.number);
-                }
+                self.leave(queue);
                 self.complete(queue, Err(errno), out);
             }
         }
+    }
+
+    /// Leaves when the piece is performed.
+    fn leave(&self, queue: &Queue) {
+        if self.is_counted() && !broken(Break::LeaveBeforeWritten) {
+            queue.engine.inner.gate.leave(queue.number);
+        }
+    }
+
+    /// Whether the request is counted while inside: what changes nothing need not be.
+    const fn is_counted(&self) -> bool {
+        matches!(
+            self.operation,
+            Operation::Write { .. } | Operation::Zero { .. }
+        )
     }
 
     fn complete(&mut self, queue: &Queue, result: Result<u64, Errno>, out: &mut Actions) {
