@@ -23,6 +23,7 @@ use crate::rate::Rate;
 use crate::running::{Control, Running};
 use crate::source::{BeginError, Begun, SnapshotAsk, SnapshotSource, TrackerSays};
 use blktide_format::manifest::{Counters, ImageHead, ImageKind};
+use blktide_image::writer::WantedWords;
 use blktide_image::{Content, ImageError, ImageFacts, ImageReader, ImageWriter};
 use blktide_repo::{ClaimRequest, ImageEntry, RepoError, Repository, Session};
 use blktide_sys::buffer::AlignedBuffer;
@@ -232,14 +233,14 @@ impl Attempt<'_> {
         }
         self.control.check()?;
         let (session, _entered) = self.claim(&facts, found.newest.as_ref())?;
-        if let Some(host) = session.neighbour {
+        if let Some(host) = session.neighbour() {
             facts.repository.newest_host = Some(host);
         }
         let prepared = match self.prepare(&mut facts, found.newest.as_ref()) {
             Ok(prepared) => prepared,
             Err(error) => {
                 // The claim that stays if this fails is given up by the next backup.
-                drop(session.abandon());
+                drop(session.abandon(self.environment.clock.wall()));
                 return Err(error);
             }
         };
@@ -257,7 +258,7 @@ impl Attempt<'_> {
             .and(newest)
             .map(|entry| (entry.head.image, entry.head.sequence));
         let session = self.repository.claim(
-            ClaimRequest {
+            &ClaimRequest {
                 volume: self.request.volume,
                 volume_name: self.request.volume_name.clone(),
                 host: self.environment.host,
@@ -269,7 +270,7 @@ impl Attempt<'_> {
             },
             &*self.environment.random,
         )?;
-        let entered = self.environment.sessions.enter(session.claim().session);
+        let entered = self.environment.sessions.enter(session.facts().session);
         Ok((session, entered))
     }
 
@@ -319,28 +320,48 @@ impl Attempt<'_> {
     ) -> Result<BackupReport, JobError> {
         let snapshot = Arc::clone(&prepared.begun.snapshot);
         let of_words = Arc::clone(&snapshot);
+        let wanted_words: WantedWords = Arc::new(move |leaf| {
+            let word = usize::try_from(leaf).unwrap_or(usize::MAX);
+            of_words.wanted().words().get(word).copied().unwrap_or(0)
+        });
+        let sequence = session.facts().sequence;
         let writer = ImageWriter::new(
             session,
             prepared.geometry,
             prepared.base.clone(),
-            Arc::new(move |leaf| {
-                let word = usize::try_from(leaf).unwrap_or(usize::MAX);
-                of_words.wanted().words().get(word).copied().unwrap_or(0)
-            }),
+            &wanted_words,
         )?;
         let taken = match self.take_all(prepared, &writer) {
             Ok(taken) => taken,
             Err(error) => {
-                drop(writer.abandon());
+                drop(writer.abandon(self.environment.clock.wall()));
                 return Err(error);
             }
         };
         let facts = self.image_facts(prepared, &taken, previous);
-        let committed = writer.commit(facts)?;
+        let head = match writer.commit(&facts) {
+            Ok(committed) => committed.head,
+            Err(error) => self.after_commit(error, &writer, sequence)?,
+        };
         Ok(BackupReport {
-            head: committed.head,
+            head,
             unreadable: taken.unreadable.runs().collect(),
         })
+    }
+
+    /// A commit that failed may be an image all the same, if only its reply was lost.
+    fn after_commit(
+        &self,
+        error: ImageError,
+        writer: &ImageWriter,
+        sequence: u64,
+    ) -> Result<ImageHead, JobError> {
+        if let Ok(false) = writer.abandon(self.environment.clock.wall())
+            && let Some(entry) = self.repository.image(self.request.volume, sequence)?
+        {
+            return Ok(entry.head);
+        }
+        Err(error.into())
     }
 
     /// Reads and stores all that is wanted, and makes sure that it was all. After this a cancel comes too late.
@@ -584,8 +605,10 @@ pub fn preview(
 ) -> Result<crate::plan::Plan, JobError> {
     let found = survey(repository, volume)?;
     let mut facts = facts(found.facts);
-    if let Some(newest) = repository.claims(volume)?.last() {
-        facts.repository.newest_host = Some(newest.request.host);
+    if let Some(newest) = repository.sequences(volume)?.last()
+        && let Ok(claim) = repository.claim_facts(volume, *newest)
+    {
+        facts.repository.newest_host = Some(claim.host);
     }
     let mut answer = (TrackerSays::Unresolved, 0);
     if let (Ok(base), Some(entry)) = (before_snapshot(&facts), &found.newest) {

@@ -71,7 +71,7 @@ pub enum JobError {
     /// The target of a restore failed.
     #[error("the target could not be {op}")]
     Target {
-        /// What was tried: `read`, `written`, `flushed`.
+        /// What was tried, as a participle: `read`, `written`, `flushed`.
         op: &'static str,
         /// Of the system.
         source: io::Error,

@@ -16,6 +16,7 @@
 pub mod backup;
 pub mod environment;
 pub mod error;
+pub mod file_target;
 pub mod listing;
 mod pieces;
 pub mod plan;
@@ -27,3 +28,6 @@ pub mod target;
 pub mod verify;
 
 pub use pieces::default_workers;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,9 @@
+//! The jobs against a volume that cannot be wrong, and repositories that fail.
+
+mod cancel;
+mod faults;
+mod history;
+mod restore;
+mod store;
+mod volume;
+mod world;
