@@ -9,105 +9,29 @@
 //! epoch does not name, and only to banks that no table names (or ORs into a closed one: a superset). So its death
 //! at any moment leaves a table that is right.
 
-use crate::atomic::{Memory, Ordering, Words};
+use crate::atomic::Ordering;
 use crate::broken::{Break, broken};
 use crate::engine::{Engine, Inner};
 use crate::error::EngineError;
-use crate::gate::{Hold, HoldState};
-use crate::snapshot::{Begun, Overflow, SaveArea, Snapshot, fill, write_heads};
-use crate::state::{Revocation, SlotIndex, States, Writers};
-use crate::tracker::{Epoch, Generation, StoredGeneration, load_table, marked_blocks, store_table};
+use crate::snapshot::Snapshot;
+use crate::state::Revocation;
+use crate::tracker::{Epoch, Generation, StoredGeneration, load_table, store_table};
 use blktide_format::shared::{control, queue};
-use blktide_types::clock::{Instant, WallTime};
-use blktide_types::id::{GenerationName, RepositoryId, SnapshotId};
+use blktide_types::clock::WallTime;
+use blktide_types::id::GenerationName;
 use blktide_types::io::RevokeCause;
-use blktide_types::range::BlockRange;
 use blktide_types::reason::Reason;
-use blktide_types::set::BlockSet;
-use core::time::Duration;
 use std::sync::{Arc, PoisonError};
 
+mod generations;
 mod hints;
+mod snapshots;
 
-/// What a base image lacks.
-#[derive(Clone, Copy, Debug)]
-pub enum Absent<'a> {
-    /// There is no base: everything is wanted.
-    Everything,
-    /// One bit a block, lowest first; missing words are clear.
-    Words(&'a [u64]),
-}
+pub use hints::Hint;
+pub use snapshots::{Absent, Limits, Prepared, SnapshotMemories, SnapshotRequest};
 
-/// A snapshot that is asked for. The memories are fresh and zeroed, made for this snapshot alone (P6).
-#[derive(Debug)]
-pub struct SnapshotRequest<'a> {
-    /// Its id.
-    pub id: SnapshotId,
-    /// Name of the generation that will open: random, never used before.
-    pub opens: GenerationName,
-    /// When that is, for people.
-    pub opens_at: WallTime,
-    /// The generation that the base image's instant opened; `None` without a base.
-    pub base: Option<GenerationName>,
-    /// What the base lacks.
-    pub absent: Absent<'a>,
-    /// What to do when the save area is full.
-    pub limits: Limits,
-    /// States, slot index, wanted bitmaps.
-    pub memories: SnapshotMemories,
-}
-
-/// The memories of a snapshot, for the server. Sizes in words: [`blktide_format::shared::Shape::states_words`],
-/// [`SlotIndex::words`], [`blktide_format::shared::Shape::wanted_words`].
-#[derive(Clone)]
-pub struct SnapshotMemories {
-    /// States: blktided writes to them.
-    pub states: Arc<dyn Memory>,
-    /// Slot index.
-    pub index: Arc<dyn Memory>,
-    /// Wanted and changed before the swap.
-    pub wanted: Arc<dyn Memory>,
-    /// Number of places in the save area, a block each.
-    pub save_slots: u32,
-    /// The volume's own: queues find it in their snapshot.
-    pub save_area: SaveArea,
-}
-
-impl core::fmt::Debug for SnapshotMemories {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        write!(f, "SnapshotMemories({} save slots)", self.save_slots)
-    }
-}
-
-/// How much a snapshot may cost the writers (P8).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// What happens when the save area is full.
-    pub overflow: Overflow,
-    /// The longest that any one write is held.
-    pub wait_limit: Duration,
-    /// The longest that the reader may make no progress.
-    pub lease: Duration,
-}
-
-/// A snapshot that is ready for its instant.
-#[derive(Debug)]
-pub struct Prepared {
-    snapshot: Arc<Snapshot>,
-    opens: GenerationName,
-    counter: u64,
-    base_resolved: bool,
-    epoch: Epoch,
-    version: u64,
-    lease: Duration,
-}
-
-impl Prepared {
-    /// Whether the base is known: if not, everything is wanted, and the backup is not incremental.
-    pub const fn base_resolved(&self) -> bool {
-        self.base_resolved
-    }
-}
+use generations::{or_into, position, prepare_bank};
+use snapshots::Living;
 
 /// How a tracker stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,16 +40,6 @@ pub struct Trust {
     pub reason: Option<Reason>,
     /// Since when.
     pub since: WallTime,
-}
-
-/// A living snapshot.
-#[derive(Debug)]
-struct Living {
-    snapshot: Arc<Snapshot>,
-    base_resolved: bool,
-    lease: Duration,
-    lease_seen: u64,
-    lease_at: Option<Instant>,
 }
 
 /// The control side.
@@ -265,220 +179,6 @@ impl Control {
             .store(control::PASS_THROUGH, 0, Ordering::SeqCst);
     }
 
-    /// Gets a snapshot ready for its instant: bank, table, wanted bitmaps. No request waits meanwhile.
-    ///
-    /// Waits: in proportion to the volume's bitmap. Errors: nothing changed, but neighbours may be merged.
-    pub fn prepare(&mut self, asked: &SnapshotRequest<'_>) -> Result<Prepared, EngineError> {
-        let inner = Arc::clone(&self.engine.inner);
-        if inner.passes_through() {
-            return Err(EngineError::PassingThrough);
-        }
-        if self.living.is_some() {
-            return Err(EngineError::SnapshotUnderWay);
-        }
-        let bank = self.free_bank()?;
-        let bank_words = inner.marks.bank(bank).ok_or(EngineError::NoBank)?;
-        if !broken(Break::WrongBankCleared) {
-            bank_words
-                .prepare()
-                .map_err(|source| EngineError::BankNotReady { source })?;
-        }
-        let mut list = self.table().ok_or(EngineError::NoBank)?;
-        let epoch = inner.marks.epoch();
-        let live = inner.marks.bank(epoch.bank()).ok_or(EngineError::NoBank)?;
-        let base = asked.base.and_then(|name| position(&list, name));
-        self.write_wanted(&asked.memories.wanted, asked.absent, base, &list)?;
-        let sequence = epoch
-            .sequence()
-            .max(
-                inner
-                    .head
-                    .load(control::SNAPSHOT_SEQUENCE, Ordering::Relaxed),
-            )
-            .saturating_add(1);
-        let geometry = inner.shape.geometry;
-        let (states, slots) = (&asked.memories.states, asked.memories.save_slots);
-        write_heads(
-            states,
-            (&asked.memories.index, slots),
-            sequence,
-            geometry.block_count().0,
-        )?;
-        let snapshot = Arc::new(Snapshot {
-            id: asked.id,
-            sequence,
-            writers: Writers {
-                states: States::new(states, geometry.block_count())?,
-                slots: SlotIndex::new(&asked.memories.index, slots)?,
-                revocation: Revocation::new(&inner.control, sequence)?,
-            },
-            before: Words::new(
-                &asked.memories.wanted,
-                inner.shape.wanted(0),
-                inner.shape.wanted_bit_words(),
-            )?,
-            closed: live.clone(),
-            geometry,
-            overflow: asked.limits.overflow,
-            wait_limit: asked.limits.wait_limit,
-            save_area: Arc::clone(&asked.memories.save_area),
-        });
-        let counter = self.next_counter();
-        let [low, ..] = counter.to_le_bytes();
-        let name = broken(Break::NameReused).then_some(GenerationName([low; 16]));
-        list.push(Generation {
-            name: name.unwrap_or(asked.opens),
-            counter,
-            opened: asked.opens_at,
-            bank,
-        });
-        let surplus = list.len().saturating_sub(inner.shape.generations);
-        let table = 1 - epoch.table();
-        if let Some(words) = inner.tables.get(table) {
-            store_table(words, list.get(surplus..).unwrap_or_default());
-        }
-        inner
-            .head
-            .store(control::SNAPSHOT_SEQUENCE, sequence, Ordering::SeqCst);
-        self.set_snapshot(Some(Arc::clone(&snapshot)));
-        Ok(Prepared {
-            snapshot,
-            opens: name.unwrap_or(asked.opens),
-            counter,
-            base_resolved: base.is_some(),
-            epoch: Epoch::new(bank, table, true, sequence),
-            version: self.version,
-            lease: asked.limits.lease,
-        })
-    }
-
-    /// Sets the gate, for `limit` at most (P3). Then [`Self::poll`] until it is held.
-    pub fn hold(&self, now: Instant, limit: Duration) -> Result<Hold, EngineError> {
-        self.engine.inner.gate.hold(now, limit)
-    }
-
-    /// Where a hold stands; to be asked again and again. Once it is `Over`, who waits at the gate must be woken.
-    pub fn poll(&self, hold: &mut Hold, now: Instant) -> HoldState {
-        self.engine.inner.gate.poll(hold, now)
-    }
-
-    /// Ends a hold; nothing happened. Who waits at the gate must be woken.
-    pub fn release(&self, hold: &Hold) -> bool {
-        self.engine.inner.gate.expire(hold.id())
-    }
-
-    /// The instant: one store. Then the gate is open: who waits at it must be woken.
-    ///
-    /// Errors: `HoldOver` if the hold no longer lives (hold again), `PlanStale` if the table changed since `prepare`
-    /// (prepare again); no swap took place.
-    pub fn commit(
-        &mut self,
-        hold: &Hold,
-        prepared: &Prepared,
-        now: Instant,
-    ) -> Result<Begun, EngineError> {
-        let inner = &self.engine.inner;
-        if prepared.version != self.version || self.living.is_some() {
-            inner.gate.expire(hold.id());
-            return Err(EngineError::PlanStale);
-        }
-        inner.gate.begin_commit(hold)?;
-        let before = inner.marks.epoch();
-        if broken(Break::GateOpensFirst) {
-            inner.gate.open();
-        }
-        inner.marks.swap(prepared.epoch);
-        inner.gate.open();
-        let held = now.since(hold.begun());
-        let nanos = u64::try_from(held.as_nanos()).unwrap_or(u64::MAX);
-        inner.head.raise(control::LONGEST_HOLD, nanos);
-        if broken(Break::WrongBankCleared)
-            && let Some(bank) = inner.marks.bank(before.bank())
-        {
-            let words = bank.all();
-            words.iter().for_each(|w| w.store(0, Ordering::Relaxed));
-        }
-        let begun = Begun {
-            id: prepared.snapshot.id(),
-            sequence: prepared.snapshot.sequence(),
-            opened: prepared.opens,
-            counter: prepared.counter,
-            closed_bank: before.bank(),
-            base_resolved: prepared.base_resolved,
-            held,
-        };
-        self.version = self.version.wrapping_add(1);
-        self.living = Some(Living {
-            snapshot: Arc::clone(&prepared.snapshot),
-            base_resolved: prepared.base_resolved,
-            lease: prepared.lease,
-            lease_seen: 0,
-            lease_at: Some(now),
-        });
-        Ok(begun)
-    }
-
-    /// Lets a prepared snapshot go that will not be committed.
-    pub fn abandon(&mut self, prepared: &Prepared) {
-        if self.living.is_none() {
-            prepared.snapshot.revoke(RevokeCause::Cancelled);
-            self.set_snapshot(None);
-        }
-    }
-
-    /// The snapshot that lives, if one does.
-    pub fn snapshot(&self) -> Option<&Arc<Snapshot>> {
-        self.living.as_ref().map(|l| &l.snapshot)
-    }
-
-    /// Revokes the snapshot that lives; says whether this did it. It must still be ended.
-    pub fn revoke(&self, cause: RevokeCause) -> bool {
-        self.living
-            .as_ref()
-            .is_some_and(|l| l.snapshot.revoke(cause))
-    }
-
-    /// Ends the snapshot that lives: it is revoked (for a reader that still reads), and new writes no longer look at it.
-    /// Its memories may go when the returned handle is the last one: queues let go at their next write, or by
-    /// [`crate::Queue::refresh`].
-    pub fn end_snapshot(&mut self) -> Result<Arc<Snapshot>, EngineError> {
-        let living = self.living.take().ok_or(EngineError::NoSnapshot)?;
-        let inner = &self.engine.inner;
-        living.snapshot.revoke(RevokeCause::Cancelled);
-        let peak = u64::from(living.snapshot.writers.slots.peak());
-        inner
-            .head
-            .store(control::SAVE_SLOTS_PEAK, peak, Ordering::Relaxed);
-        let epoch = inner.marks.epoch();
-        inner.marks.swap(Epoch::new(
-            epoch.bank(),
-            epoch.table(),
-            false,
-            epoch.sequence(),
-        ));
-        self.set_snapshot(None);
-        if let Some(closed) = self.table().and_then(|t| t.iter().rev().nth(1).copied())
-            && let Some(bank) = inner.marks.bank(closed.bank)
-        {
-            bank.settle();
-        }
-        Ok(living.snapshot)
-    }
-
-    /// To be called now and then: revokes a snapshot whose reader makes no progress (P8).
-    pub fn tick(&mut self, now: Instant) {
-        if let Some(living) = &mut self.living {
-            let lease = living.snapshot.writers.states.lease();
-            let at = *living.lease_at.get_or_insert(now);
-            if lease != living.lease_seen {
-                living.lease_seen = lease;
-                living.lease_at = Some(now);
-            } else if now.since(at) > living.lease {
-                living.snapshot.revoke(RevokeCause::ReaderStalled);
-            }
-        }
-    }
-
     /// Forgets all names, says why, and goes on with one that nobody knows (P2). The
     /// snapshot that lives is revoked, unless it leans on nothing and the tracker alone is in doubt.
     pub fn distrust(
@@ -546,48 +246,6 @@ impl Control {
         self.table().unwrap_or_default()
     }
 
-    /// The blocks written since `name` opened, up to now. Waits: in proportion to the volume's bitmap.
-    pub fn changed_since(&self, name: GenerationName) -> Result<BlockSet, EngineError> {
-        let unknown = EngineError::UnknownGeneration { name };
-        if self.engine.inner.passes_through() {
-            return Err(EngineError::PassingThrough);
-        }
-        let list = self.table().unwrap_or_default();
-        let from = position(&list, name).ok_or(unknown)?;
-        self.union(list.get(from..).unwrap_or_default())
-    }
-
-    /// Marks blocks in the open generation: what the next incremental must read again (an unreadable block, P10).
-    pub fn mark(&self, range: BlockRange) {
-        let inner = &self.engine.inner;
-        let (start, len) = inner.shape.geometry.bytes_of(range);
-        inner.marks.mark(inner.marks.epoch(), start, len);
-    }
-
-    /// All generations, as the bitmap file keeps them. Right only while the volume is provably closed (P4).
-    pub fn export(&self) -> Vec<StoredGeneration> {
-        let list = self.table().unwrap_or_default();
-        let bits = |bank| self.engine.inner.marks.bank(bank).map(load_all);
-        let youngest = |i: usize| {
-            let next = list.get(i + 1);
-            let this = list.get(i);
-            next.map(|g| g.bank) != this.map(|g| g.bank)
-        };
-        list.iter()
-            .enumerate()
-            .map(|(i, g)| StoredGeneration {
-                name: g.name,
-                counter: g.counter,
-                opened: g.opened,
-                words: if youngest(i) {
-                    bits(g.bank).unwrap_or_default()
-                } else {
-                    Vec::new()
-                },
-            })
-            .collect()
-    }
-
     fn table(&self) -> Option<Vec<Generation>> {
         let inner = &self.engine.inner;
         let words = inner.tables.get(inner.marks.epoch().table())?;
@@ -633,94 +291,6 @@ impl Control {
             .unwrap_or_else(PoisonError::into_inner);
         *place = snapshot;
     }
-
-    /// A bank that no table names, after merging neighbours if need be.
-    fn free_bank(&mut self) -> Result<usize, EngineError> {
-        let banks = self.engine.inner.marks.banks();
-        loop {
-            let list = self.table().ok_or(EngineError::NoBank)?;
-            let used = |bank| list.iter().any(|g| g.bank == bank);
-            if let Some(bank) = (0..banks).find(|b| !used(*b)) {
-                return Ok(bank);
-            }
-            self.merge(&list)?;
-        }
-    }
-
-    /// Merges one pair of closed neighbours whose boundary no hint names: the younger's bits into the older's bank.
-    fn merge(&mut self, list: &[Generation]) -> Result<(), EngineError> {
-        let hints = self.hinted();
-        let live = self.engine.inner.marks.epoch().bank();
-        let boundary = list.windows(2).find_map(|pair| match pair {
-            [older, younger]
-                if older.bank != younger.bank
-                    && younger.bank != live
-                    && !hints.contains(&younger.name) =>
-            {
-                Some((older.bank, younger.bank))
-            }
-            _ => None,
-        });
-        let (older, younger) = boundary.ok_or(EngineError::NoBank)?;
-        let inner = &self.engine.inner;
-        let bits = inner.marks.bank(younger).map(load_all).unwrap_or_default();
-        if !broken(Break::MergeForgets) {
-            or_into(inner, older, &bits)?;
-        }
-        let merged: Vec<_> = list
-            .iter()
-            .map(|g| Generation {
-                bank: if g.bank == younger { older } else { g.bank },
-                ..*g
-            })
-            .collect();
-        self.set_table(&merged);
-        Ok(())
-    }
-
-    /// The blocks marked in any bank of `list`, each bank once.
-    fn union(&self, list: &[Generation]) -> Result<BlockSet, EngineError> {
-        let inner = &self.engine.inner;
-        let geometry = &inner.shape.geometry;
-        let mut set = BlockSet::new(geometry.block_count());
-        let mut last = None;
-        for generation in list {
-            if last != Some(generation.bank) {
-                let bank = inner.marks.bank(generation.bank);
-                let bank = bank.ok_or(EngineError::NoBank)?;
-                set.union_with(&marked_blocks(geometry, bank.all()));
-                last = Some(generation.bank);
-            }
-        }
-        Ok(set)
-    }
-
-    /// Fills the two bitmaps of what is wanted and what has changed, as far as the banks that are closed already say.
-    fn write_wanted(
-        &self,
-        memory: &Arc<dyn Memory>,
-        absent: Absent<'_>,
-        base: Option<usize>,
-        list: &[Generation],
-    ) -> Result<(), EngineError> {
-        let shape = &self.engine.inner.shape;
-        let count = shape.geometry.block_count();
-        let closed = list.split_last().map_or(list, |(_, closed)| closed);
-        let changed = match base {
-            Some(from) => self.union(closed.get(from..).unwrap_or_default())?,
-            None => BlockSet::full(count),
-        };
-        let mut wanted = match absent {
-            Absent::Everything => BlockSet::full(count),
-            Absent::Words(words) => BlockSet::from_words(count, words.iter().copied()),
-        };
-        wanted.union_with(&changed);
-        for (bitmap, set) in [(0, &wanted), (1, &changed)] {
-            let words = Words::new(memory, shape.wanted(bitmap), shape.wanted_bit_words())?;
-            fill(&words, set.words().iter().copied());
-        }
-        Ok(())
-    }
 }
 
 /// Whether the tracker is trusted.
@@ -741,50 +311,4 @@ pub(crate) fn trust_of(inner: &Inner) -> Trust {
                 .cast_signed(),
         ),
     }
-}
-
-/// Where a name stands: the start of its run.
-fn position(list: &[Generation], name: GenerationName) -> Option<usize> {
-    let at = list.iter().position(|g| g.name == name)?;
-    let bank = list.get(at)?.bank;
-    list.iter().position(|g| g.bank == bank)
-}
-
-fn prepare_bank(inner: &Inner, bank: usize) -> Result<(), EngineError> {
-    inner
-        .marks
-        .bank(bank)
-        .ok_or(EngineError::NoBank)?
-        .prepare()
-        .map_err(|source| EngineError::BankNotReady { source })
-}
-
-fn or_into(inner: &Inner, bank: usize, words: &[u64]) -> Result<(), EngineError> {
-    let bank = inner.marks.bank(bank).ok_or(EngineError::NoBank)?.all();
-    if words.len() > bank.len() {
-        return Err(EngineError::OtherSize {
-            needed: bank.len(),
-            found: words.len(),
-        });
-    }
-    for (to, from) in bank.iter().zip(words) {
-        if *from != 0 {
-            to.fetch_or(*from, Ordering::Relaxed);
-        }
-    }
-    Ok(())
-}
-
-fn load_all(words: &Words) -> Vec<u64> {
-    let load = |w: &crate::atomic::AtomicU64| w.load(Ordering::Relaxed);
-    words.all().iter().map(load).collect()
-}
-
-/// A hint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hint {
-    /// The repository whose newest image names it.
-    pub repository: RepositoryId,
-    /// The generation that opened at that image's instant.
-    pub name: GenerationName,
 }

@@ -18,7 +18,8 @@ pub mod control;
 mod engine;
 mod error;
 pub mod gate;
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
+#[cfg(not(loom))]
 mod model;
 mod queue;
 mod request;

@@ -12,8 +12,22 @@ mod server;
 mod tests;
 mod world;
 
+use crate::PlainMemory;
+use crate::atomic::Memory;
+use crate::request::Operation;
+use backup::Image;
+use blktide_format::shared::Shape;
 use blktide_testkit::seed::{Numbers, Seed};
+use blktide_types::geometry::Geometry;
+use blktide_types::id::RepositoryId;
+use blktide_types::set::BlockSet;
+use blktide_types::unit::{BlockCount, BlockIndex, BlockSize};
+use server::Memories;
+use std::sync::Arc;
 use world::World;
+
+/// Request slots of a world, of both queues.
+const SLOTS: usize = 6;
 
 /// One step of the world. Numbers are reduced to what there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,10 +84,12 @@ pub(crate) fn script(seed: Seed, len: usize) -> Vec<Op> {
     (0..len).map(|_| draw(&mut numbers)).collect()
 }
 
+type Make = fn(u64, u64, u64) -> Op;
+
 fn draw(n: &mut Numbers) -> Op {
     let (a, b, c) = (n.next_u64(), n.next_u64(), n.next_u64());
     let mut dice = n.below(10_000);
-    let table: [(u64, fn(u64, u64, u64) -> Op); 21] = [
+    let table: [(u64, Make); 21] = [
         (1500, |a, b, c| Op::Write(a, b, c)),
         (250, |a, b, c| Op::Zero(a, b, c)),
         (200, |a, b, c| Op::Read(a, b, c)),
@@ -167,4 +183,55 @@ pub(crate) fn shrink(seed: Seed, ops: &[Op], failed_after: usize) -> Vec<Op> {
         chunk /= 2;
     }
     ops
+}
+
+fn shape_of(seed: Seed) -> Shape {
+    let mut numbers = seed.numbers();
+    let block = BlockSize::from_shift(*numbers.pick(&[12, 12, 13])).unwrap();
+    let grain = *numbers.pick(&[9_u8, 11, 12]);
+    let grain = BlockSize::from_shift(grain.min(block.shift())).unwrap();
+    let bytes = block.bytes_u64() * (6 + numbers.below(8)) + 512 * numbers.below(8);
+    Shape {
+        queues: 2,
+        slots: SLOTS,
+        generations: 12,
+        banks: 5,
+        hints: 2,
+        log_bytes: 8,
+        ..Shape::usual(Geometry::new(bytes, block, grain, 512, 4096).unwrap())
+    }
+}
+
+fn fresh_memories(shape: &Shape) -> Memories {
+    let control: Arc<dyn Memory> = PlainMemory::new(shape.control_words());
+    let banks: Arc<dyn Memory> = PlainMemory::new(shape.banks_words());
+    (control, banks)
+}
+
+fn absent_of(image: &Image) -> BlockSet {
+    let mut set = BlockSet::new(BlockCount(u64::try_from(image.blocks.len()).unwrap()));
+    for (i, block) in (0_u64..).zip(&image.blocks) {
+        if block.is_none() {
+            set.insert(BlockIndex(i));
+        }
+    }
+    set
+}
+
+fn repository_id(repository: usize) -> RepositoryId {
+    let [low, ..] = repository.to_le_bytes();
+    RepositoryId([low + 1; 16])
+}
+
+fn span(operation: Operation) -> (u64, u64) {
+    match operation {
+        Operation::Read { offset, len }
+        | Operation::Write { offset, len, .. }
+        | Operation::Zero { offset, len, .. } => (offset, len),
+        Operation::Flush => (0, 0),
+    }
+}
+
+fn pick(n: u64, out_of: usize) -> usize {
+    usize::try_from(n % u64::try_from(out_of.max(1)).unwrap()).unwrap()
 }

@@ -400,7 +400,7 @@ impl Request {
                 match snapshot.writers.look(block, &mut queue.slot_from) {
                     Look::Free => self.next_block += 1,
                     Look::Preserve(slot) => {
-                        self.preserve(queue, snapshot, (lane, block, slot), now, out);
+                        self.preserve(snapshot, (lane, block, slot), now, out);
                         self.next_block += 1;
                     }
                     Look::Full if snapshot.overflow == Overflow::GiveUp => {
@@ -424,13 +424,12 @@ impl Request {
 
     fn preserve(
         &mut self,
-        queue: &Queue,
         snapshot: &Snapshot,
         (lane, block, slot): (usize, BlockIndex, SaveSlot),
         now: Instant,
         out: &mut Actions,
     ) {
-        let geometry = &queue.engine.shape().geometry;
+        let geometry = &snapshot.geometry;
         if let Some(place) = self.lanes.get_mut(lane) {
             *place = Some((block, slot));
         }

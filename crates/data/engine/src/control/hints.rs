@@ -3,11 +3,20 @@
 //! **Invariant**: a lost hint costs a superset or a full backup, never a change. They lie in the control memory, so
 //! a successor keeps them.
 
-use super::{Control, Hint};
+use super::Control;
 use crate::atomic::Ordering;
 use crate::tracker::{halves, name_of};
 use blktide_format::shared::hint;
 use blktide_types::id::{GenerationName, RepositoryId};
+
+/// A hint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hint {
+    /// The repository whose newest image names it.
+    pub repository: RepositoryId,
+    /// The generation that opened at that image's instant.
+    pub name: GenerationName,
+}
 
 impl Control {
     /// Says that `repository`'s newest image of this volume opened `name`. If there is no room the oldest hint goes,
@@ -22,12 +31,11 @@ impl Control {
         let order = order.unwrap_or(0).saturating_add(1);
         let same = (0..count).find(|i| self.repository(*i) == repository);
         let free = (0..count).find(|i| self.repository(*i).is_none());
-        let (place, dropped) = match same.or(free) {
-            Some(place) => (place, None),
-            None => {
-                let oldest = (0..count).min_by_key(|i| self.load(*i, hint::ORDER))?;
-                (oldest, Some(self.repository(oldest)))
-            }
+        let (place, dropped) = if let Some(place) = same.or(free) {
+            (place, None)
+        } else {
+            let oldest = (0..count).min_by_key(|i| self.load(*i, hint::ORDER))?;
+            (oldest, Some(self.repository(oldest)))
         };
         let [id_0, id_1] = halves(GenerationName(repository.0));
         let [name_0, name_1] = halves(name);

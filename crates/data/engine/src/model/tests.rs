@@ -11,13 +11,13 @@ fn explore(name: &str, worlds: u64) -> Result<Seen, String> {
     let first = Seed::of_test(name);
     let mut seen = Seen::default();
     for n in 0..worlds {
-        let seed = first.nth(n);
-        let ops = script(seed, OPS_PER_WORLD);
-        match run(seed, &ops) {
+        let start = first.nth(n);
+        let ops = script(start, OPS_PER_WORLD);
+        match run(start, &ops) {
             Ok(world) => seen.add(world),
             Err((after, what)) => {
-                let least = shrink(seed, &ops, after);
-                let end = run(seed, &least).err();
+                let least = shrink(start, &ops, after);
+                let end = run(start, &least).err();
                 return Err(format!(
                     "world {n} of {first} fails after {after} ops: {what}\nleast: {least:?}\nends: {end:?}"
                 ));
@@ -107,7 +107,7 @@ fn a_failing_list_is_shortened() {
         let ops = script(seed.nth(n), OPS_PER_WORLD);
         if let Err((after, _)) = run(seed.nth(n), &ops) {
             least = shrink(seed.nth(n), &ops, after);
-            assert!(run(seed.nth(n), &least).is_err());
+            run(seed.nth(n), &least).unwrap_err();
             break;
         }
     }

@@ -2,8 +2,8 @@
 
 use super::backup::{Backup, Image, memories};
 use super::server::{Done, Memories, Server, Slot};
-use super::{Op, Seen};
-use crate::atomic::Memory;
+use super::{Op, SLOTS, Seen, absent_of, fresh_memories, pick, repository_id, shape_of, span};
+use crate::EngineError;
 use crate::broken::{Break, broken, leave_out};
 use crate::control::{Absent, Limits, SnapshotRequest};
 use crate::engine::Engine;
@@ -11,22 +11,17 @@ use crate::gate::HoldState;
 use crate::request::{Event, Operation};
 use crate::snapshot::Overflow;
 use crate::tracker::StoredGeneration;
-use crate::{EngineError, PlainMemory};
 use blktide_format::shared::{Shape, queue};
 use blktide_testkit::disk::{Node, SimDisk};
 use blktide_testkit::reference::ReferenceVolume;
 use blktide_testkit::seed::Seed;
 use blktide_types::clock::{Instant, WallTime};
-use blktide_types::geometry::Geometry;
-use blktide_types::id::{GenerationName, RepositoryId, SnapshotId};
+use blktide_types::id::{GenerationName, SnapshotId};
 use blktide_types::io::RevokeCause;
 use blktide_types::reason::Reason;
-use blktide_types::set::BlockSet;
-use blktide_types::unit::{BlockIndex, BlockSize};
+use blktide_types::unit::BlockIndex;
 use core::time::Duration;
-use std::sync::Arc;
 
-const SLOTS: usize = 6;
 const REPOSITORIES: usize = 3;
 /// The tracker knows at least so many of its newest generations.
 const KEPT: u64 = 10;
@@ -108,8 +103,8 @@ impl World {
                 self.request(slot, at, len, |offset, len| Operation::Read { offset, len })
             }
             Op::Flush(slot) => self.arrive(slot, Operation::Flush),
-            Op::Land(n) => self.land(n, n >> 32 & 3 == 0),
-            Op::Short(n) => self.io_event(n, |s, n, slots, disk| s.short(n, slots, disk)),
+            Op::Land(n) => self.land(n, n >> 32 & 7 < 2),
+            Op::Short(n) => self.io_event(n, Server::short),
             Op::Fail(n) => self.io_event(n, |s, i, _, _| s.fail(i, n >> 32)),
             Op::Pass(n) => {
                 self.now += n % 8_000_000;
@@ -120,10 +115,7 @@ impl World {
             Op::Poll => self.poll(),
             Op::Work(n) => self.work(n),
             Op::Shrink(n) => {
-                let blocks = self.shape.geometry.block_count().0;
-                if let Some(living) = self.backup.as_mut().and_then(|b| b.living.as_mut()) {
-                    living.shrink(BlockIndex(n % blocks));
-                }
+                self.shrink(n);
                 Ok(())
             }
             Op::Cancel => self.end_backup(),
@@ -132,9 +124,15 @@ impl World {
                 Ok(())
             }
             Op::Kill => self.kill(),
-            Op::Cut(coin) => self.cut(coin),
+            Op::Cut(coin) => {
+                self.cut(coin);
+                Ok(())
+            }
             Op::Stop => self.stop(),
-            Op::Distrust => self.distrust(),
+            Op::Distrust => {
+                self.distrust();
+                Ok(())
+            }
             Op::LoseHint(n) => {
                 let repository = repository_id(pick(n, REPOSITORIES));
                 self.server().control.drop_hint(repository);
@@ -420,6 +418,13 @@ impl World {
         }
     }
 
+    fn shrink(&mut self, n: u64) {
+        let blocks = self.shape.geometry.block_count().0;
+        if let Some(living) = self.backup.as_mut().and_then(|b| b.living.as_mut()) {
+            living.shrink(BlockIndex(n % blocks));
+        }
+    }
+
     fn commit_backup(&mut self) -> Result<(), String> {
         let Some(backup) = &self.backup else {
             return Ok(());
@@ -468,10 +473,7 @@ impl World {
         if backup.living.as_ref().is_some_and(|l| l.gave_up) {
             self.seen.given_up += 1;
         }
-        let server = match &mut self.server {
-            Some(server) => server,
-            None => return Ok(()),
-        };
+        let server = self.server();
         if let Some(prepared) = &backup.prepared {
             server.control.abandon(prepared);
         }
@@ -516,7 +518,7 @@ impl World {
         again
     }
 
-    fn cut(&mut self, coin: u64) -> Result<(), String> {
+    fn cut(&mut self, coin: u64) {
         if let Some(dead) = self.server.take() {
             self.count(&dead);
             dead.die(&self.slots, (&self.disk, self.device), coin);
@@ -538,7 +540,6 @@ impl World {
             name,
         );
         self.seen.cuts += 1;
-        Ok(())
     }
 
     fn stop(&mut self) -> Result<(), String> {
@@ -554,7 +555,7 @@ impl World {
         Ok(())
     }
 
-    fn distrust(&mut self) -> Result<(), String> {
+    fn distrust(&mut self) {
         let name = self.name();
         // Somebody writes past us, and it is noticed.
         let sector = self.now / 20_000 % (self.shape.geometry.volume_bytes() / 512);
@@ -578,7 +579,6 @@ impl World {
         if !broken(Break::DistrustKeepsNames) {
             self.forget();
         }
-        Ok(())
     }
 
     fn pass_through(&mut self) -> Result<(), String> {
@@ -645,57 +645,4 @@ impl World {
         }
         Ok(())
     }
-}
-
-fn shape_of(seed: Seed) -> Shape {
-    let mut numbers = seed.numbers();
-    let block = BlockSize::from_shift(*numbers.pick(&[12, 12, 13])).unwrap();
-    let grain = *numbers.pick(&[9_u8, 11, 12]);
-    let grain = BlockSize::from_shift(grain.min(block.shift())).unwrap();
-    let bytes = block.bytes_u64() * (6 + numbers.below(8)) + 512 * numbers.below(8);
-    Shape {
-        queues: 2,
-        slots: SLOTS,
-        generations: 12,
-        banks: 5,
-        hints: 2,
-        log_bytes: 8,
-        ..Shape::usual(Geometry::new(bytes, block, grain, 512, 4096).unwrap())
-    }
-}
-
-fn fresh_memories(shape: &Shape) -> Memories {
-    let control: Arc<dyn Memory> = PlainMemory::new(shape.control_words());
-    let banks: Arc<dyn Memory> = PlainMemory::new(shape.banks_words());
-    (control, banks)
-}
-
-fn absent_of(image: &Image) -> BlockSet {
-    let mut set = BlockSet::new(blktide_types::unit::BlockCount(
-        u64::try_from(image.blocks.len()).unwrap(),
-    ));
-    for (i, block) in (0_u64..).zip(&image.blocks) {
-        if block.is_none() {
-            set.insert(BlockIndex(i));
-        }
-    }
-    set
-}
-
-fn repository_id(repository: usize) -> RepositoryId {
-    let [low, ..] = repository.to_le_bytes();
-    RepositoryId([low + 1; 16])
-}
-
-fn span(operation: Operation) -> (u64, u64) {
-    match operation {
-        Operation::Read { offset, len }
-        | Operation::Write { offset, len, .. }
-        | Operation::Zero { offset, len, .. } => (offset, len),
-        Operation::Flush => (0, 0),
-    }
-}
-
-fn pick(n: u64, out_of: usize) -> usize {
-    usize::try_from(n % u64::try_from(out_of.max(1)).unwrap()).unwrap()
 }

@@ -1,0 +1,155 @@
+//! Banks and generations (P2): what changed since a name, how runs are merged, what the bitmap file keeps.
+//!
+//! **Invariant**: a bank that a table names only ever gains bits.
+
+use super::Control;
+use crate::atomic::{AtomicU64, Ordering, Words};
+use crate::broken::{Break, broken};
+use crate::engine::Inner;
+use crate::error::EngineError;
+use crate::tracker::{Generation, StoredGeneration, marked_blocks};
+use blktide_types::id::GenerationName;
+use blktide_types::range::BlockRange;
+use blktide_types::set::BlockSet;
+
+impl Control {
+    /// The blocks written since `name` opened, up to now. Waits: in proportion to the volume's bitmap.
+    pub fn changed_since(&self, name: GenerationName) -> Result<BlockSet, EngineError> {
+        let unknown = EngineError::UnknownGeneration { name };
+        if self.engine.inner.passes_through() {
+            return Err(EngineError::PassingThrough);
+        }
+        let list = self.table().unwrap_or_default();
+        let from = position(&list, name).ok_or(unknown)?;
+        self.union(list.get(from..).unwrap_or_default())
+    }
+
+    /// Marks blocks in the open generation: what the next incremental must read again (an unreadable block, P10).
+    pub fn mark(&self, range: BlockRange) {
+        let inner = &self.engine.inner;
+        let (start, len) = inner.shape.geometry.bytes_of(range);
+        inner.marks.mark(inner.marks.epoch(), start, len);
+    }
+
+    /// All generations, as the bitmap file keeps them. Right only while the volume is provably closed (P4).
+    pub fn export(&self) -> Vec<StoredGeneration> {
+        let list = self.table().unwrap_or_default();
+        let bits = |bank| self.engine.inner.marks.bank(bank).map(load_all);
+        let youngest = |i: usize| {
+            let next = list.get(i + 1);
+            let this = list.get(i);
+            next.map(|g| g.bank) != this.map(|g| g.bank)
+        };
+        list.iter()
+            .enumerate()
+            .map(|(i, g)| StoredGeneration {
+                name: g.name,
+                counter: g.counter,
+                opened: g.opened,
+                words: if youngest(i) {
+                    bits(g.bank).unwrap_or_default()
+                } else {
+                    Vec::new()
+                },
+            })
+            .collect()
+    }
+
+    /// A bank that no table names, after merging neighbours if need be.
+    pub(super) fn free_bank(&mut self) -> Result<usize, EngineError> {
+        let banks = self.engine.inner.marks.banks();
+        loop {
+            let list = self.table().ok_or(EngineError::NoBank)?;
+            let used = |bank| list.iter().any(|g| g.bank == bank);
+            if let Some(bank) = (0..banks).find(|b| !used(*b)) {
+                return Ok(bank);
+            }
+            self.merge(&list)?;
+        }
+    }
+
+    /// Merges one pair of closed neighbours whose boundary no hint names: the younger's bits into the older's bank.
+    pub(super) fn merge(&mut self, list: &[Generation]) -> Result<(), EngineError> {
+        let hints = self.hinted();
+        let live = self.engine.inner.marks.epoch().bank();
+        let boundary = list.windows(2).find_map(|pair| match pair {
+            [older, younger]
+                if older.bank != younger.bank
+                    && younger.bank != live
+                    && !hints.contains(&younger.name) =>
+            {
+                Some((older.bank, younger.bank))
+            }
+            _ => None,
+        });
+        let (older, younger) = boundary.ok_or(EngineError::NoBank)?;
+        let inner = &self.engine.inner;
+        let bits = inner.marks.bank(younger).map(load_all).unwrap_or_default();
+        if !broken(Break::MergeForgets) {
+            or_into(inner, older, &bits)?;
+        }
+        let merged: Vec<_> = list
+            .iter()
+            .map(|g| Generation {
+                bank: if g.bank == younger { older } else { g.bank },
+                ..*g
+            })
+            .collect();
+        self.set_table(&merged);
+        Ok(())
+    }
+
+    /// The blocks marked in any bank of `list`, each bank once.
+    pub(super) fn union(&self, list: &[Generation]) -> Result<BlockSet, EngineError> {
+        let inner = &self.engine.inner;
+        let geometry = &inner.shape.geometry;
+        let mut set = BlockSet::new(geometry.block_count());
+        let mut done = None;
+        for generation in list {
+            if done != Some(generation.bank) {
+                let bank = inner.marks.bank(generation.bank);
+                let bank = bank.ok_or(EngineError::NoBank)?;
+                set.union_with(&marked_blocks(geometry, bank.all()));
+                done = Some(generation.bank);
+            }
+        }
+        Ok(set)
+    }
+}
+
+/// Where a name stands: the start of its run.
+pub(super) fn position(list: &[Generation], name: GenerationName) -> Option<usize> {
+    let at = list.iter().position(|g| g.name == name)?;
+    let bank = list.get(at)?.bank;
+    list.iter().position(|g| g.bank == bank)
+}
+
+pub(super) fn prepare_bank(inner: &Inner, bank: usize) -> Result<(), EngineError> {
+    inner
+        .marks
+        .bank(bank)
+        .ok_or(EngineError::NoBank)?
+        .prepare()
+        .map_err(|source| EngineError::BankNotReady { source })
+}
+
+pub(super) fn or_into(inner: &Inner, bank: usize, words: &[u64]) -> Result<(), EngineError> {
+    let bank = inner.marks.bank(bank).ok_or(EngineError::NoBank)?.all();
+    if words.len() > bank.len() {
+        return Err(EngineError::OtherSize {
+            needed: bank.len(),
+            found: words.len(),
+        });
+    }
+    for (to, from) in bank.iter().zip(words) {
+        if *from != 0 {
+            to.fetch_or(*from, Ordering::Relaxed);
+        }
+    }
+    Ok(())
+}
+
+fn load_all(words: &Words) -> Vec<u64> {
+    let load = |w: &AtomicU64| w.load(Ordering::Relaxed);
+    words.all().iter().map(load).collect()
+}
