@@ -3,7 +3,6 @@
 use blktide_format::FormatError;
 use blktide_repo::RepoError;
 use blktide_types::range::BlockRange;
-use blktide_types::unit::BlockIndex;
 use std::io;
 
 /// Why an image could not be written or read.
@@ -14,18 +13,17 @@ pub enum ImageError {
     #[error(transparent)]
     Repository(#[from] RepoError),
     /// Part of the image is damaged: these blocks cannot be had from it.
-    #[error("{range:?} of the image is damaged: {what}")]
+    #[error("blocks {} to {} of the image are damaged: {what} in {object}", range.start().0, range.end().0.saturating_sub(1))]
     Damaged {
         /// The blocks.
         range: BlockRange,
-        /// The object, or what does not fit.
-        what: String,
+        /// The object that is damaged.
+        object: String,
+        /// What does not fit.
+        what: &'static str,
         /// What is wrong with its bytes, if that is known.
         source: Option<FormatError>,
     },
-    /// The image has no content of this block: absent, excluded or unreadable.
-    #[error("the image has no content of {0}")]
-    NoContent(BlockIndex),
     /// Compressing failed.
     #[error("a frame could not be compressed")]
     Compress(#[source] io::Error),

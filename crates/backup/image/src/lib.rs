@@ -9,14 +9,18 @@
 //! **Invariant**: equal states of a volume have equal state ids, however and in whatever order they were written (P11).
 #![forbid(unsafe_code)]
 
+mod codec;
+pub mod digest;
 pub mod error;
-pub mod kind;
 pub mod reader;
 pub mod verify;
 pub mod writer;
 
+#[cfg(test)]
+mod testing;
+
+pub use blktide_format::page::BlockKind;
 pub use error::ImageError;
-pub use kind::BlockKind;
 pub use reader::ImageReader;
 pub use verify::{Damage, Depth, Proof, verify};
-pub use writer::{Committed, Content, ImageFacts, ImageWriter, Stored};
+pub use writer::{Committed, Content, ImageFacts, ImageWriter, Stored, WantedWords};

@@ -8,6 +8,8 @@ use blktide_types::range::BlockRange;
 /// Something that is not as it was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damage {
+    /// The volume.
+    pub volume: Option<VolumeId>,
     /// Number of the image; `None` for what no image needs.
     pub sequence: Option<u64>,
     /// The blocks that are lost by it; `None` if it costs no block.
@@ -39,9 +41,6 @@ pub enum Depth {
 }
 
 /// Looks at one image (`Some(volume, sequence)`) or at the whole repository, collects all damage and does not stop.
-///
-/// `threads` work at it; `go_on` is told the bytes checked since it was last called, and ends the search by returning false.
-/// Pages and frames that several images share are looked at once.
 pub fn verify(
     repository: &Repository,
     image: Option<(VolumeId, u64)>,
