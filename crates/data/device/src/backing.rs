@@ -8,7 +8,7 @@ use blktide_sys::buffer::AlignedBuffer;
 use blktide_sys::fence::{BackingKind, Fenced};
 use blktide_sys::{Errno, SysError, fs};
 use blktide_types::clock::{Clock, Instant};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -26,6 +26,26 @@ pub struct Limits {
 }
 
 const SECTOR_MAX: u32 = 4096;
+
+impl Limits {
+    /// The limits of what stands at `path`, without the fence: to lay memory out before a server takes it.
+    ///
+    /// Opens it for reading only. `Unfit` as [`Backing::open`] would say.
+    pub fn of(path: &Path) -> Result<Self, DeviceError> {
+        let open = |source| DeviceError::open(path, source);
+        let kind = match BackingKind::of(path) {
+            Ok(kind) => kind,
+            Err(SysError::Unfit { on, why }) => return Err(DeviceError::Unfit { path: on, why }),
+            Err(source) => return Err(open(source)),
+        };
+        let device = match kind {
+            BackingKind::BlockDevice => Some(BlockDevice::at(path).map_err(open)?),
+            BackingKind::RegularFile => None,
+        };
+        let file = fs::open_direct_read(path).map_err(open)?;
+        limits((path, kind), &file, device.as_ref())
+    }
+}
 
 /// A fenced backing device.
 #[derive(Debug)]
@@ -55,7 +75,7 @@ impl Backing {
             BackingKind::BlockDevice => Some(BlockDevice::at(path).map_err(open)?),
             BackingKind::RegularFile => None,
         };
-        let limits = limits(&fenced, device.as_ref())?;
+        let limits = limits((path, fenced.kind()), &fenced, device.as_ref())?;
         Ok(Self {
             fenced,
             limits,
@@ -122,8 +142,8 @@ impl Backing {
     }
 }
 
-fn bytes_of(fenced: &Fenced, sector_bytes: u32) -> Result<u64, DeviceError> {
-    let bytes = fs::size_of(fenced).map_err(|source| DeviceError::Transfer {
+fn bytes_of(file: &impl AsFd, sector_bytes: u32) -> Result<u64, DeviceError> {
+    let bytes = fs::size_of(file).map_err(|source| DeviceError::Transfer {
         kind: crate::TransferKind::Read,
         offset: 0,
         len: 0,
@@ -132,8 +152,12 @@ fn bytes_of(fenced: &Fenced, sector_bytes: u32) -> Result<u64, DeviceError> {
     Ok(bytes - bytes % u64::from(sector_bytes.max(1)))
 }
 
-fn limits(fenced: &Fenced, device: Option<&BlockDevice>) -> Result<Limits, DeviceError> {
-    let path = fenced.path();
+fn limits(
+    what: (&Path, BackingKind),
+    file: &impl AsFd,
+    device: Option<&BlockDevice>,
+) -> Result<Limits, DeviceError> {
+    let (path, kind) = what;
     let open = |source| DeviceError::open(path, source);
     let unfit = |why| DeviceError::Unfit {
         path: path.to_owned(),
@@ -151,18 +175,18 @@ fn limits(fenced: &Fenced, device: Option<&BlockDevice>) -> Result<Limits, Devic
             device.physical_sector_bytes().map_err(open)?,
         )
     } else {
-        let sector = file_sector(fenced).map_err(open)?;
+        let sector = file_sector(file).map_err(open)?;
         (sector, SECTOR_MAX.max(sector))
     };
     if logical > SECTOR_MAX || !logical.is_power_of_two() {
         return Err(unfit("its sectors are larger than 4096 bytes"));
     }
-    let volume_bytes = bytes_of(fenced, logical)?;
+    let volume_bytes = bytes_of(file, logical)?;
     if volume_bytes == 0 {
         return Err(unfit("it is empty"));
     }
     Ok(Limits {
-        kind: fenced.kind(),
+        kind,
         volume_bytes,
         logical_sector_bytes: logical,
         physical_sector_bytes: physical.max(logical),
@@ -170,12 +194,12 @@ fn limits(fenced: &Fenced, device: Option<&BlockDevice>) -> Result<Limits, Devic
 }
 
 /// The unit of direct transfers of a file: what the kernel says, else (before 6.1) what it takes.
-fn file_sector(fenced: &Fenced) -> Result<u32, SysError> {
-    if let Some(found) = blockdev::direct_alignment(fenced)? {
+fn file_sector(file: &impl AsFd) -> Result<u32, SysError> {
+    if let Some(found) = blockdev::direct_alignment(file)? {
         return Ok(found.offset_bytes.max(512));
     }
     let mut buffer = AlignedBuffer::new(512);
-    Ok(match fs::read_full(fenced, 512, &mut buffer) {
+    Ok(match fs::read_full(file, 512, &mut buffer) {
         Ok(_) => 512,
         Err(_) => SECTOR_MAX,
     })
@@ -222,6 +246,7 @@ mod tests {
         );
         assert!(limits.volume_bytes <= (1 << 20) + 4196 && limits.volume_bytes > 1 << 20);
         assert_eq!(backing.sectors_changed(), None);
+        assert_eq!(Limits::of(&file.0).unwrap(), limits);
     }
 
     #[test]
