@@ -1,6 +1,13 @@
 //! blktidectl: one file a verb.
 #![forbid(unsafe_code)]
 
-fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+mod demo;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match demo::run() {
+        Ok(code) => code,
+        Err(_error) => ExitCode::FAILURE,
+    }
 }

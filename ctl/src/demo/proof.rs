@@ -1,0 +1,143 @@
+//! That an image equals the volume at its instant: byte for byte, by the file system's own check, by file digests.
+//!
+//! The truth of an instant is kept in two parts. Before the backup the file system is synced and then left alone,
+//! but for the recorder's direct writes into blocks that it has already; a plain copy of the backing file is taken.
+//! So at the instant each unit of the volume is as in that copy, or holds a write of the record. Should the kernel
+//! have written something of its own meanwhile, that unit is one of its two states, before or after, and it is counted.
+
+use anyhow::{Context, Result, ensure};
+use blktide_sys::fs::{open_direct_read, read_aligned, size_of, write_full};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::command::tool;
+use super::recorder::{Record, UNIT};
+use super::tree::Tree;
+
+const PIECE: usize = 1 << 20;
+/// More units than this cannot be the kernel's own.
+const OWN_WRITES_MAX: u64 = 64;
+
+/// What was true before a backup.
+#[derive(Debug)]
+pub(super) struct Truth {
+    copy: PathBuf,
+    backing: PathBuf,
+    tree: Tree,
+}
+
+/// What the proof found.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Proven {
+    /// The image is the state after this many writes of the recorder.
+    pub(super) prefix: u64,
+    /// Units that held a write of the record.
+    pub(super) recorded: u64,
+    /// Units that the kernel wrote meanwhile.
+    pub(super) own: u64,
+    /// Files whose digests were compared.
+    pub(super) files: usize,
+}
+
+impl Truth {
+    /// Copies the backing file, past the page cache, to a sparse file.
+    pub(super) fn keep(backing: &Path, copy: &Path, tree: &Tree) -> Result<Self> {
+        let from = open_direct_read(backing)?;
+        let bytes = size_of(&from)?;
+        let to = File::create_new(copy)?;
+        to.set_len(bytes)?;
+        for at in (0..bytes).step_by(PIECE) {
+            let piece = read_aligned(&from, at, PIECE)?;
+            if piece.iter().any(|b| *b != 0) {
+                write_full(&to, at, &piece)?;
+            }
+        }
+        to.set_len(bytes)?;
+        Ok(Self {
+            copy: copy.to_owned(),
+            backing: backing.to_owned(),
+            tree: tree.clone(),
+        })
+    }
+
+    /// Bytes of the copy that are not holes.
+    pub(super) fn kept_bytes(&self) -> Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        Ok(fs::metadata(&self.copy)?.blocks() * 512)
+    }
+
+    /// Proves a restored image. It is written to (the journal is replayed), so it is used up.
+    pub(super) fn prove(&self, restored: &Path, dir: &Path, record: &Record) -> Result<Proven> {
+        let mut proven = self.compare_bytes(restored, record)?;
+        // As after a power cut: first the journal, then nothing may be left to mend.
+        tool("e2fsck", &["-p".as_ref(), restored.as_os_str()], &[0, 1])?;
+        tool(
+            "e2fsck",
+            &["-f".as_ref(), "-n".as_ref(), restored.as_os_str()],
+            &[0],
+        )?;
+        fs::create_dir_all(dir)?;
+        let options = [
+            "-o".as_ref(),
+            "loop,ro".as_ref(),
+            restored.as_os_str(),
+            dir.as_os_str(),
+        ];
+        tool("mount", &options, &[0])?;
+        proven.prefix = record.prefix_of(&dir.join("recorder"))?;
+        self.tree.compare(&dir.join("tree"))?;
+        proven.files = self.tree.count();
+        tool("umount", &[dir], &[0])?;
+        Ok(proven)
+    }
+
+    fn compare_bytes(&self, restored: &Path, record: &Record) -> Result<Proven> {
+        let (truth, image) = (File::open(&self.copy)?, File::open(restored)?);
+        let bytes = truth.metadata()?.len();
+        let length = image.metadata()?.len();
+        ensure!(
+            length == bytes,
+            "the image has {length} bytes, the volume {bytes}"
+        );
+        let now = open_direct_read(&self.backing)?;
+        let mut proven = Proven::default();
+        let mut pieces = [vec![0; PIECE], vec![0; PIECE]];
+        for at in (0..bytes).step_by(PIECE) {
+            let [old, new] = &mut pieces;
+            let length = usize::try_from((bytes - at).min(PIECE as u64))?;
+            let old = old.get_mut(..length).context("a piece")?;
+            let new = new.get_mut(..length).context("a piece")?;
+            truth.read_exact_at(old, at)?;
+            image.read_exact_at(new, at)?;
+            if old == new {
+                continue;
+            }
+            for ((was, is), unit) in old
+                .chunks(UNIT)
+                .zip(new.chunks(UNIT))
+                .zip((at..).step_by(UNIT))
+            {
+                if was == is {
+                    continue;
+                }
+                if record.number_in(is).is_some() {
+                    proven.recorded += 1;
+                } else {
+                    let after = read_aligned(&now, unit, UNIT)?;
+                    ensure!(
+                        after.get(..is.len()) == Some(is),
+                        "byte {unit} of the image is neither what was there nor what was written"
+                    );
+                    proven.own += 1;
+                }
+            }
+        }
+        ensure!(
+            proven.own <= OWN_WRITES_MAX,
+            "{} units differ from the truth",
+            proven.own
+        );
+        Ok(proven)
+    }
+}
