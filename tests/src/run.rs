@@ -234,17 +234,31 @@ pub fn kill(pid: u32, signal: &str) -> Result<()> {
     Ok(())
 }
 
-/// Process ids whose command line or environment bears `text`, ascending; the caller's own is left out.
+/// Process ids whose command line or environment bears `text`, or that have a file open whose path does, ascending;
+/// the caller's own is left out.
 pub fn pids_naming(text: &str) -> Vec<u32> {
     let own = std::process::id();
     let mut found: Vec<u32> = fs::read_dir("/proc")
         .into_iter()
         .flatten()
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|pid| *pid != own && (bears(*pid, "cmdline", text) || bears(*pid, "environ", text)))
+        .filter(|pid| *pid != own && concerns(*pid, text))
         .collect();
     found.sort_unstable();
     found
+}
+
+fn concerns(pid: u32, text: &str) -> bool {
+    let opened = || {
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        descriptors
+            .filter_map(|d| fs::read_link(d.path()).ok())
+            .any(|path| path.to_string_lossy().contains(text))
+    };
+    bears(pid, "cmdline", text) || bears(pid, "environ", text) || opened()
 }
 
 fn bears(pid: u32, file: &str, text: &str) -> bool {
