@@ -17,7 +17,6 @@ pub mod fence;
 pub mod fs;
 pub mod fuse;
 pub mod host;
-pub mod interrupt;
 pub mod loopdev;
 pub mod mapping;
 pub mod memfd;
