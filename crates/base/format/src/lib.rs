@@ -39,4 +39,8 @@ pub const LAYOUTS: &[Layout] = &[
     manifest::RootRecord::LAYOUT,
     manifest::SectionRecord::LAYOUT,
     manifest::PackRecord::LAYOUT,
+    bitmap_file::BitmapHeader::LAYOUT,
+    bitmap_file::GenerationHead::LAYOUT,
+    bitmap_file::EvidenceBlock::LAYOUT,
+    marker::MarkerBlock::LAYOUT,
 ];
