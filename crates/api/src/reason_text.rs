@@ -38,6 +38,7 @@ impl ReasonText {
 }
 
 /// The words for `reason`.
+#[expect(clippy::too_many_lines, reason = "a table: one entry a reason")]
 pub const fn text(reason: Reason) -> ReasonText {
     let (what, evidence, next) = match reason {
         Reason::FirstBackup => (
@@ -46,11 +47,31 @@ pub const fn text(reason: Reason) -> ReasonText {
             "",
         ),
         Reason::Asked => ("A full backup was asked for.", "the option --full", ""),
-        Reason::BitmapMissing
-        | Reason::BitmapDamaged
-        | Reason::BitmapOtherVolume
-        | Reason::BitmapOtherSize
-        | Reason::BitmapStale => bitmap(reason),
+        Reason::BitmapMissing => (
+            "The bitmap of what changed is not where a clean stop would have left it.",
+            "the bitmap file or its marker is missing in the state folder",
+            "",
+        ),
+        Reason::BitmapDamaged => (
+            "The bitmap of what changed is damaged.",
+            "the bitmap file or its marker fails its checksum",
+            "Check the disk that holds the state folder.",
+        ),
+        Reason::BitmapOtherVolume => (
+            "The bitmap file that was found belongs to another volume.",
+            "its volume id is not this volume's",
+            "",
+        ),
+        Reason::BitmapOtherSize => (
+            "The bitmap file was made for another size.",
+            "its volume size, block size or grain differs",
+            "",
+        ),
+        Reason::BitmapStale => (
+            "The bitmap of what changed does not reach back to the last image.",
+            "it is of another life, or does not know the generation that the last image names",
+            "",
+        ),
         Reason::UncleanShutdown => (
             "The machine went down without a clean stop of the volume, so the bitmap of what changed was lost with its memory.",
             "the marker beside the bitmap says 'open', written in an earlier boot",
@@ -111,36 +132,6 @@ pub const fn text(reason: Reason) -> ReasonText {
         what,
         evidence,
         next,
-    }
-}
-
-const fn bitmap(reason: Reason) -> (&'static str, &'static str, &'static str) {
-    match reason {
-        Reason::BitmapMissing => (
-            "The bitmap of what changed is not where a clean stop would have left it.",
-            "the bitmap file or its marker is missing in the state folder",
-            "",
-        ),
-        Reason::BitmapDamaged => (
-            "The bitmap of what changed is damaged.",
-            "the bitmap file or its marker fails its checksum",
-            "Check the disk that holds the state folder.",
-        ),
-        Reason::BitmapOtherVolume => (
-            "The bitmap file that was found belongs to another volume.",
-            "its volume id is not this volume's",
-            "",
-        ),
-        Reason::BitmapOtherSize => (
-            "The bitmap file was made for another size.",
-            "its volume size, block size or grain differs",
-            "",
-        ),
-        _ => (
-            "The bitmap of what changed does not reach back to the last image.",
-            "it is of another life, or does not know the generation that the last image names",
-            "",
-        ),
     }
 }
 

@@ -59,7 +59,7 @@ pub fn assemble(
     config: &Config,
     host: &str,
     daemon_runs: bool,
-    volumes: Vec<VolumeFacts<'_>>,
+    volumes: &[VolumeFacts<'_>],
     now: WallTime,
 ) -> (StatusDocument, Exit) {
     let mut document = StatusDocument {
@@ -72,7 +72,7 @@ pub fn assemble(
         .to_owned(),
         host: host.to_owned(),
         volumes: volumes
-            .into_iter()
+            .iter()
             .map(|facts| volume(config, facts, now))
             .collect(),
         warnings: Vec::new(),
@@ -90,12 +90,12 @@ pub fn assemble(
     (document, exit)
 }
 
-fn volume(config: &Config, facts: VolumeFacts<'_>, now: WallTime) -> VolumeDocument {
+fn volume(config: &Config, facts: &VolumeFacts<'_>, now: WallTime) -> VolumeDocument {
     let name = facts.config.name.to_string();
     let live = facts.live.as_ref();
-    let state = state_of(&facts);
+    let state = state_of(facts);
     let (tracking, distrust) = tracking_of(live, &state);
-    let repositories: Vec<VolumeRepositoryDocument> = repositories_of(config, &facts, now);
+    let repositories: Vec<VolumeRepositoryDocument> = repositories_of(config, facts, now);
     let default = repositories.first();
     let mut document = VolumeDocument {
         name,
@@ -105,7 +105,7 @@ fn volume(config: &Config, facts: VolumeFacts<'_>, now: WallTime) -> VolumeDocum
         mountpoint: facts.mountpoint.clone(),
         node: config.node(&facts.config.name).display().to_string(),
         mode: facts.config.mode.word().to_owned(),
-        size_bytes: size_of(&facts),
+        size_bytes: size_of(facts),
         block_size_bytes: facts.config.block_size.bytes(),
         tracking: tracking.to_owned(),
         distrust_reason: distrust.as_ref().map(|d| d.0.clone()),
@@ -123,7 +123,7 @@ fn volume(config: &Config, facts: VolumeFacts<'_>, now: WallTime) -> VolumeDocum
         repositories,
         state,
     };
-    advise(&mut document, &facts);
+    advise(&mut document, facts);
     document
 }
 

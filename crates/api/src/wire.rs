@@ -20,6 +20,7 @@ pub const REPLY_BYTES_MAX: usize = 4 << 20;
 pub const FAILURE: &str = "io.blktide.Failure";
 
 /// A request.
+#[expect(clippy::struct_excessive_bools, reason = "varlink's wire form")]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Call {
     /// `io.blktide.Backup`.

@@ -71,13 +71,7 @@ fn config() -> Config {
 #[test]
 fn the_interfaces_example() {
     let config = config();
-    let (document, exit) = assemble(
-        &config,
-        "web1",
-        true,
-        vec![facts(&config)],
-        WallTime(2 * HOUR),
-    );
+    let (document, exit) = assemble(&config, "web1", true, &[facts(&config)], WallTime(2 * HOUR));
     assert_eq!(exit, Exit::Done);
     let ours = serde_json::to_value(&document).unwrap();
     let theirs: serde_json::Value = serde_json::from_str(
@@ -103,7 +97,10 @@ fn assert_contains(ours: &serde_json::Value, theirs: &serde_json::Value, at: &st
                 assert_contains(&ours[i], value, &format!("{at}[{i}]"));
             }
         }
-        _ => assert_eq!(ours, theirs, "{at}"),
+        serde_json::Value::Null
+        | serde_json::Value::Bool(_)
+        | serde_json::Value::Number(_)
+        | serde_json::Value::String(_) => assert_eq!(ours, theirs, "{at}"),
     }
 }
 
@@ -113,7 +110,7 @@ fn what_wants_somebody_exits_3() {
     let exit = |change: &dyn Fn(&mut VolumeFacts<'_>), now| {
         let mut facts = facts(&config);
         change(&mut facts);
-        let (document, exit) = assemble(&config, "h", true, vec![facts], WallTime(now));
+        let (document, exit) = assemble(&config, "h", true, &[facts], WallTime(now));
         (exit, document.volumes[0].clone())
     };
     let now = 2 * HOUR;
@@ -138,7 +135,7 @@ fn what_wants_somebody_exits_3() {
         f.live.as_mut().unwrap().warnings = vec!["no-io-flusher".to_owned()];
     };
     assert_eq!(exit(&warned, now).0, Exit::Done);
-    let (_, away) = assemble(&config, "h", false, vec![facts(&config)], WallTime(now));
+    let (_, away) = assemble(&config, "h", false, &[facts(&config)], WallTime(now));
     assert_eq!(away, Exit::Warnings);
 }
 
@@ -148,7 +145,7 @@ fn the_next_backup_is_told_with_its_reason() {
     let next = |change: &dyn Fn(&mut VolumeFacts<'_>)| {
         let mut facts = facts(&config);
         change(&mut facts);
-        let (document, _) = assemble(&config, "h", true, vec![facts], WallTime(HOUR));
+        let (document, _) = assemble(&config, "h", true, &[facts], WallTime(HOUR));
         let repository = document.volumes[0].repositories[0].clone();
         assert_eq!(
             repository.next_kind == "incremental",
