@@ -4,7 +4,7 @@
 
 use crate::digest::{self, Digests};
 use crate::error::ImageError;
-use blktide_format::entry::{EntryKind, FAN_OUT, Place};
+use blktide_format::entry::FAN_OUT;
 use blktide_format::manifest::{
     ImageHead, PackRow, Prefix, SECTION_CHANGED, SECTION_EVIDENCE, SECTION_PACKS, Section,
     decode_packs,
@@ -20,8 +20,8 @@ use blktide_types::unit::BlockIndex;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
-mod blocks;
-mod fetch;
+pub(crate) mod blocks;
+pub(crate) mod fetch;
 mod walk;
 
 pub use walk::Runs;
@@ -164,6 +164,32 @@ impl ImageReader {
         self.section(SECTION_EVIDENCE)
     }
 
+    /// Checks all of the manifest behind its prefix, and returns what is wrong with it.
+    pub(crate) fn check_manifest(&self) -> Vec<ImageError> {
+        let head = self.head();
+        let name = self.repository.manifest_name(head.volume, head.sequence);
+        let mut errors = Vec::new();
+        match self.repository.size(&name) {
+            Ok(Some(bytes)) if bytes == self.prefix.manifest_bytes() => {}
+            Ok(found) => {
+                let wrong = FormatError::Length {
+                    need: self.prefix.manifest_bytes(),
+                    have: found.unwrap_or(0),
+                };
+                errors.push(self.manifest_damaged("its length", Some(wrong)));
+            }
+            Err(e) => errors.push(e.into()),
+        }
+        let sections = self.prefix.sections.iter();
+        errors.extend(sections.filter_map(|s| self.read_section(s).err()));
+        errors.extend(self.packs().err());
+        errors.extend(self.changed().err());
+        if self.digests.of_state(&self.prefix.root, &head.geometry) != head.state {
+            errors.push(self.manifest_damaged("a state id that is not its tree's", None));
+        }
+        errors
+    }
+
     pub(crate) const fn repository(&self) -> &Repository {
         &self.repository
     }
@@ -268,6 +294,25 @@ impl ImageReader {
 
     /// The page that `child` names, from the cache or the repository.
     pub(crate) fn page(&self, level: u8, index: u64, child: &Child) -> Result<Page, ImageError> {
+        let Child::Page { place, .. } = child else {
+            return Err(ImageError::Misuse("the page of a constant"));
+        };
+        if let Some(page) = self.cached((place.pack, place.offset_bytes)) {
+            return Ok(page);
+        }
+        let wanted = fetch::Wanted::page(level, self.span(level, index), place);
+        let stored = fetch::one(self, &wanted, self.span(level, index))?;
+        self.page_of(level, index, child, &stored)
+    }
+
+    /// The page that `child` names, in bytes that were stored; it is kept in the cache.
+    pub(crate) fn page_of(
+        &self,
+        level: u8,
+        index: u64,
+        child: &Child,
+        stored: &[u8],
+    ) -> Result<Page, ImageError> {
         let Child::Page {
             content,
             physical,
@@ -276,29 +321,21 @@ impl ImageReader {
         else {
             return Err(ImageError::Misuse("the page of a constant"));
         };
-        let key = (place.pack, place.offset_bytes);
-        if let Some(page) = self.cached(key) {
-            return Ok(page);
-        }
         let range = self.span(level, index);
         let shift = self.geometry().block_size().shift();
         let first = range.start().0;
-        let kind = EntryKind::Page { level };
-        let stored = self.entry(place, kind, first, range)?;
-        let object = || name::pack(self.head().volume, place.pack);
         let damaged = |what, source| ImageError::Damaged {
             range,
-            object: object(),
+            object: name::pack(self.head().volume, place.pack),
             what,
             source,
         };
-        if digest::of_stored(&stored) != *physical {
+        if digest::of_stored(stored) != *physical {
             return Err(damaged("a page that is not the one meant", None));
         }
-        let raw = crate::codec::decompress(place.codec, &stored, place.raw_bytes)
+        let raw = crate::codec::decompress(place.codec, stored, place.raw_bytes)
             .map_err(|_source| damaged("a page that does not decompress", None))?;
-        let below = child_span(level);
-        let entries = range.count().0.div_ceil(below);
+        let entries = range.count().0.div_ceil(child_span(level));
         let entries = usize::try_from(entries).unwrap_or(usize::MAX);
         let (page, bytes) = if level == 0 {
             let leaf = Leaf::decode(&raw, shift, first, entries)
@@ -314,7 +351,7 @@ impl ImageReader {
         if self.digests.of_content(&bytes) != *content {
             return Err(damaged("a page of another content", None));
         }
-        self.cache(key, &page);
+        self.cache((place.pack, place.offset_bytes), &page);
         Ok(page)
     }
 
@@ -333,22 +370,6 @@ impl ImageReader {
             pages.pop_front();
         }
         pages.push_back((key, page.clone()));
-    }
-
-    /// The payload of one entry as stored, its header checked against what the tree says of it.
-    fn entry(
-        &self,
-        place: &Place,
-        kind: EntryKind,
-        first_block: u64,
-        range: BlockRange,
-    ) -> Result<Vec<u8>, ImageError> {
-        let wanted = fetch::Wanted {
-            place: *place,
-            kind: Some(kind),
-            first_block,
-        };
-        fetch::one(self, &wanted, range)
     }
 }
 

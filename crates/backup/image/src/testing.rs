@@ -2,7 +2,7 @@
 
 use crate::{Committed, Content, ImageFacts, ImageReader, ImageWriter, WantedWords};
 use blktide_format::manifest::{Consistency, Counters, ImageKind};
-use blktide_repo::{ClaimRequest, MemoryStore, ProcessMark, Repository, Store};
+use blktide_repo::{ClaimRequest, MemoryStore, ProcessMark, Repository};
 use blktide_testkit::clock::TestRandom;
 use blktide_testkit::seed::Seed;
 use blktide_types::clock::WallTime;
@@ -53,12 +53,6 @@ impl World {
             repository,
             random,
         }
-    }
-
-    /// Opens the repository over another store (a fork, one with faults).
-    pub(crate) fn over(&self, store: Arc<dyn Store>) -> Repository {
-        let _ = self;
-        Repository::open(store).unwrap()
     }
 
     pub(crate) fn request(&self, base: Option<&ImageReader>) -> ClaimRequest {

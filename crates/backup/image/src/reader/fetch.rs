@@ -24,6 +24,17 @@ pub(crate) struct Wanted {
     pub(crate) first_block: u64,
 }
 
+impl Wanted {
+    /// The page of `level` whose blocks are `range`.
+    pub(crate) const fn page(level: u8, range: BlockRange, place: &Place) -> Self {
+        Self {
+            place: *place,
+            kind: Some(EntryKind::Page { level }),
+            first_block: range.start().0,
+        }
+    }
+}
+
 /// An entry as it was found.
 pub(crate) struct Found<'a> {
     /// Its header.
@@ -35,7 +46,7 @@ pub(crate) struct Found<'a> {
 }
 
 /// One entry's payload.
-pub(super) fn one(
+pub(crate) fn one(
     reader: &ImageReader,
     wanted: &Wanted,
     range: BlockRange,
