@@ -10,6 +10,7 @@
 
 pub mod client;
 pub mod error;
+pub mod inherited;
 pub mod keeper;
 pub mod message;
 pub mod options;

@@ -1,0 +1,281 @@
+//! Making and unmaking what a volume needs outside its processes: memories, mount, socket, loop device, names.
+//!
+//! Invariant: whatever fails before the loop device exists is undone; nobody has used the volume yet.
+
+use crate::error::VolumeError;
+use crate::inherited::{Inherited, options_in_memory};
+use crate::options::VolumeOptions;
+use blktide_device::Limits;
+use blktide_format::shared::Shape;
+use blktide_sys::event::EventFd;
+use blktide_sys::fuse::{self, Connection, FuseDevice};
+use blktide_sys::loopdev::{LoopDevice, LoopOptions};
+use blktide_sys::memfd::Memfd;
+use blktide_sys::process::PidFd;
+use blktide_sys::socket::PacketListener;
+use blktide_sys::spawn::Program;
+use blktide_sys::{fs, mounts};
+use blktide_types::geometry::Geometry;
+use blktide_types::unit::BlockSize;
+use std::ffi::OsString;
+use std::io;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+/// Requests that the loop device may have under way (P8).
+const LOOP_REQUESTS: u32 = 64;
+/// Bytes of a thread's stack: small, because it is locked.
+const STACK_BYTES: usize = 256 << 10;
+
+pub(super) fn io(what: &'static str, path: &Path, source: io::Error) -> VolumeError {
+    VolumeError::Io {
+        what,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+pub(super) fn layout(why: impl Into<String>) -> VolumeError {
+    VolumeError::Layout { why: why.into() }
+}
+
+/// Takes the volume's lock; it ends with this process.
+pub(super) fn lock(options: &VolumeOptions) -> Result<std::fs::File, VolumeError> {
+    let path = options.lock();
+    let fail = |e| io("lock", &path, e);
+    fs::create_folders(&options.volumes_dir(), 0o755).map_err(|e| fail(io::Error::other(e)))?;
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(fail)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(VolumeError::AlreadyAttached {
+            name: options.name.clone(),
+        }),
+        Err(std::fs::TryLockError::Error(e)) => Err(fail(e)),
+    }
+}
+
+/// The shape of the volume's memories, from its options and its device.
+pub(super) fn shape(options: &VolumeOptions) -> Result<Shape, VolumeError> {
+    let limits = Limits::of(&options.device)
+        .map_err(|e| io("open", &options.device, io::Error::other(e)))?;
+    let size =
+        |bytes| BlockSize::new(bytes).ok_or_else(|| layout(format!("a block of {bytes} bytes")));
+    let geometry = Geometry::new(
+        limits.volume_bytes,
+        size(options.block_size_bytes)?,
+        size(options.grain_bytes)?,
+        limits.logical_sector_bytes,
+        limits.physical_sector_bytes,
+    );
+    let geometry = geometry.ok_or_else(|| {
+        layout(format!(
+            "{} bytes in sectors of {}, blocks of {}, grains of {}",
+            limits.volume_bytes,
+            limits.logical_sector_bytes,
+            options.block_size_bytes,
+            options.grain_bytes
+        ))
+    })?;
+    let queues = usize::try_from(options.queues).unwrap_or(0);
+    if queues == 0 || queues > 16 {
+        return Err(layout(format!("{queues} queues")));
+    }
+    Ok(Shape {
+        queues,
+        ..Shape::usual(geometry)
+    })
+}
+
+/// Everything that the first server inherits. `other` is this process until there is a server.
+pub(super) fn fresh(options: &VolumeOptions, shape: &Shape) -> Result<Inherited, VolumeError> {
+    clear_stale(options);
+    let path = options.socket();
+    let sys = |what: &'static str| {
+        move |e: blktide_sys::SysError| io(what, &options.socket(), io::Error::other(e))
+    };
+    let words = |words: usize| u64::try_from(words).unwrap_or(u64::MAX).saturating_mul(8);
+    let control = Memfd::create("blktide-control", words(shape.control_words()))
+        .map_err(sys("make the memory of"))?;
+    let banks = Memfd::create("blktide-banks", words(shape.banks_words()))
+        .map_err(sys("make the memory of"))?;
+    let slots_bytes = u64::try_from(shape.slots_bytes()).unwrap_or(u64::MAX);
+    let slots = Memfd::create("blktide-slots", slots_bytes).map_err(sys("make the memory of"))?;
+    for memory in [&control, &slots] {
+        memory
+            .allocate(0, memory.bytes())
+            .map_err(|e| io("allocate the memory of", &path, e))?;
+    }
+    let program = Program::this().map_err(sys("copy the program for"))?;
+    let options_memory = options_in_memory(options)?;
+    let other = PidFd::of_self().map_err(sys("watch"))?;
+    let mount_point = options.mount_point();
+    fs::create_folders(&mount_point, 0o700).map_err(sys("make the mount point of"))?;
+    let max_write = u32::try_from(shape.slot_payload_bytes).unwrap_or(u32::MAX);
+    let device = FuseDevice::open().map_err(sys("open FUSE for"))?;
+    fuse::mount(
+        &device,
+        &mount_point,
+        &format!("blktide:{}", options.name),
+        max_write,
+    )
+    .map_err(sys("mount"))?;
+    let listener = PacketListener::bind(&path, 0o600)
+        .map_err(sys("listen at"))
+        .inspect_err(|_| take_down(options))?;
+    Ok(Inherited {
+        control,
+        banks,
+        slots,
+        fuse: device,
+        listener,
+        program,
+        options: options_memory,
+        other,
+    })
+}
+
+/// Takes away what keeper and server that died together have left: their connection is dead.
+fn clear_stale(options: &VolumeOptions) {
+    if let Some(device) = own_loop(options) {
+        // If it is still mounted it goes when that ends; its I/O fails meanwhile, as after a crash.
+        drop(device.clear());
+    }
+    while matches!(mounts::at(&options.mount_point()), Ok(Some(_))) {
+        if fuse::unmount(&options.mount_point(), true).is_err() {
+            return;
+        }
+    }
+}
+
+/// The loop device that the volume's symlink leads to, if it serves the volume's file.
+fn own_loop(options: &VolumeOptions) -> Option<LoopDevice> {
+    let node = std::fs::read_link(options.node()).ok()?;
+    let number = node.to_str()?.strip_prefix("/dev/loop")?.parse().ok()?;
+    let device = LoopDevice::of_number(number);
+    let file =
+        std::fs::read_to_string(format!("/sys/block/loop{number}/loop/backing_file")).ok()?;
+    Path::new(file.trim_end())
+        .starts_with(options.mount_point())
+        .then_some(device)
+}
+
+/// Gives an attach up: the connection is ended for good, and everything made is taken away.
+pub(super) fn take_down(options: &VolumeOptions) {
+    if let Ok(connection) = Connection::of_mount(&options.mount_point()) {
+        drop(connection.abort());
+    }
+    clear_stale(options);
+    remove_names(options);
+}
+
+/// Removes symlink, socket and mount point.
+pub(super) fn remove_names(options: &VolumeOptions) {
+    for path in [options.node(), options.socket()] {
+        // What is not there need not be removed.
+        drop(std::fs::remove_file(path));
+    }
+    drop(std::fs::remove_dir(options.mount_point()));
+}
+
+/// What servers see of our environment.
+pub(super) fn environment() -> Vec<OsString> {
+    std::env::vars_os()
+        .filter(|(name, _)| name.to_string_lossy().starts_with("BLKTIDE_"))
+        .map(|(name, value)| {
+            let mut both = name;
+            both.push("=");
+            both.push(value);
+            both
+        })
+        .collect()
+}
+
+/// What the set-up has made.
+#[derive(Debug)]
+pub(super) struct Attached {
+    pub(super) device: LoopDevice,
+    /// The kernel's number of the FUSE connection.
+    pub(super) connection: u64,
+}
+
+/// The set-up of the loop device, in a thread of its own: it waits for the server, and the keeper must not.
+#[derive(Debug)]
+pub(super) struct Attaching {
+    bell: EventFd,
+    results: Receiver<Result<Attached, VolumeError>>,
+}
+
+impl Attaching {
+    pub(super) fn start(options: &VolumeOptions, shape: &Shape) -> Result<Self, VolumeError> {
+        let fail = |e| io("set up", &options.node(), e);
+        let bell = EventFd::new().map_err(fail)?;
+        let rings = bell.try_clone().map_err(fail)?;
+        let (tells, results): (Sender<_>, _) = channel();
+        let (options, shape) = (options.clone(), *shape);
+        let work = move || {
+            let done = set_up(&options, &shape);
+            // The keeper may have given up meanwhile.
+            drop(tells.send(done));
+            rings.ring();
+        };
+        std::thread::Builder::new()
+            .name("set-up".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(work)
+            .map_err(fail)?;
+        Ok(Self { bell, results })
+    }
+
+    /// Rings when there is a result.
+    pub(super) const fn bell(&self) -> &EventFd {
+        &self.bell
+    }
+
+    pub(super) fn take_result(&mut self) -> Option<Result<Attached, VolumeError>> {
+        self.results.try_recv().ok()
+    }
+}
+
+/// Opens the volume's file, which waits for the server, and makes it a block device with a name.
+fn set_up(options: &VolumeOptions, shape: &Shape) -> Result<Attached, VolumeError> {
+    let mount_point = options.mount_point();
+    let path = mount_point.join(fuse::VOLUME_FILE);
+    let found =
+        mounts::at(&mount_point).map_err(|e| io("find", &mount_point, io::Error::other(e)))?;
+    let connection = found.map_or(0, |m| u64::from(m.device.minor));
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(|e| io("open", &path, e))?;
+    let name = format!("blktide:{}", options.name);
+    let how = LoopOptions {
+        sector_bytes: shape.geometry.logical_sector_bytes(),
+        name: &name,
+        queue_requests: LOOP_REQUESTS,
+        max_request_bytes: u32::try_from(shape.slot_payload_bytes).unwrap_or(u32::MAX),
+    };
+    let device = LoopDevice::create(&file, &how)
+        .map_err(|e| io("make a loop device of", &path, io::Error::other(e)))?;
+    let named = link(options, device);
+    if named.is_err() {
+        drop(device.clear());
+    }
+    named.map(|()| Attached { device, connection })
+}
+
+fn link(options: &VolumeOptions, device: LoopDevice) -> Result<(), VolumeError> {
+    let node = options.node();
+    let fail = |e| io("link", &node, e);
+    fs::create_folders(&options.device_dir, 0o755).map_err(|e| fail(io::Error::other(e)))?;
+    match std::fs::remove_file(&node) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(fail(e)),
+        _ => {}
+    }
+    std::os::unix::fs::symlink(device.node(), &node).map_err(fail)
+}

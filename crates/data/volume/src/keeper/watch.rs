@@ -1,0 +1,197 @@
+//! When a server is started again, and when a living one is taken for hung.
+
+use crate::inherited::Role;
+use blktide_format::shared::{Shape, control, queue};
+use blktide_sys::mapping::Mapping;
+use blktide_sys::process::Exit;
+use blktide_types::clock::Instant;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// Deaths in a row after which nothing is tracked any more.
+const DEATHS_MAX: u32 = 5;
+/// A server that lived so long is not counted as one that keeps dying.
+const LIFE_MIN: Duration = Duration::from_secs(10);
+/// A queue that stands still for so long, with nothing outstanding at the device, hangs (P7).
+const HUNG_AFTER: Duration = Duration::from_secs(10);
+/// Longest pause between two servers that die at once.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// How servers have died.
+#[derive(Debug, Default)]
+pub(super) struct Deaths {
+    in_row: u32,
+}
+
+/// What comes after a death.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Step {
+    pub(super) role: Role,
+    /// Only when servers die again and again, pass-through ones too: not to eat the machine.
+    pub(super) pause: Option<Duration>,
+}
+
+impl Deaths {
+    /// Counts a death of a server that lived so long, and finished requests or not.
+    pub(super) fn count(&mut self, lived: Duration, progress: bool) -> Step {
+        if progress || lived >= LIFE_MIN {
+            self.in_row = 0;
+        }
+        self.in_row = self.in_row.saturating_add(1);
+        let role = if self.in_row > DEATHS_MAX {
+            Role::PassThrough
+        } else {
+            Role::Successor
+        };
+        let beyond = self.in_row.saturating_sub(DEATHS_MAX + 2);
+        let pause =
+            Duration::from_millis(10).saturating_mul(1_u32.checked_shl(beyond).unwrap_or(u32::MAX));
+        Step {
+            role,
+            pause: (beyond > 0).then(|| pause.min(PAUSE_MAX)),
+        }
+    }
+
+    pub(super) const fn in_row(&self) -> u32 {
+        self.in_row
+    }
+}
+
+/// The sum of a word of all queues.
+pub(super) fn sum(memory: &Mapping, shape: &Shape, word: usize) -> u64 {
+    (0..shape.queues)
+        .map(|q| load(memory, shape.queue(q).saturating_add(word)))
+        .fold(0, u64::saturating_add)
+}
+
+fn load(memory: &Mapping, index: usize) -> u64 {
+    memory
+        .words()
+        .get(index)
+        .map_or(0, |w| w.load(Ordering::SeqCst))
+}
+
+/// Whether queues stand still.
+#[derive(Debug, Default)]
+pub(super) struct Hung {
+    /// For each queue its tick, and since when that has been seen.
+    seen: Vec<(u64, Instant)>,
+}
+
+impl Hung {
+    /// Looks once; true if a queue hangs. A slow disk is not a hung server: what waits for the device is left alone.
+    pub(super) fn look(&mut self, memory: &Mapping, shape: &Shape, now: Instant) -> bool {
+        let first = self.seen.len() != shape.queues;
+        if first {
+            self.seen = vec![(0, now); shape.queues];
+        }
+        let mut hangs = false;
+        for (index, seen) in self.seen.iter_mut().enumerate() {
+            let at = |word: usize| load(memory, shape.queue(index).saturating_add(word));
+            let tick = at(queue::TICK);
+            if first || tick != seen.0 || at(queue::OUTSTANDING) != 0 {
+                *seen = (tick, now);
+            }
+            // Before its first tick a server is taking over, which may wait for the fence.
+            hangs |= tick != 0 && now.since(seen.1) >= HUNG_AFTER;
+        }
+        hangs
+    }
+}
+
+/// How a server ended, in words: what it logged last, if that is there.
+pub(super) fn last_words(memory: &Mapping, exit: Exit) -> String {
+    let how = match exit {
+        Exit::Code(code) => format!("exit code {code}"),
+        Exit::Signal(signal) => format!("signal {signal}"),
+        Exit::Unknown => "it is gone".to_owned(),
+    };
+    match load(memory, control::FAILURE) {
+        0 => how,
+        failure => format!("{how}, failure {failure}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blktide_sys::memfd::Memfd;
+    use blktide_types::geometry::Geometry;
+    use blktide_types::unit::BlockSize;
+
+    #[test]
+    fn five_deaths_without_progress_and_it_passes_through() {
+        let mut deaths = Deaths::default();
+        for _ in 0..5 {
+            assert_eq!(
+                deaths.count(Duration::ZERO, false),
+                Step {
+                    role: Role::Successor,
+                    pause: None
+                }
+            );
+        }
+        assert_eq!(deaths.count(Duration::ZERO, false).role, Role::PassThrough);
+        let late = (0..100)
+            .map(|_| deaths.count(Duration::ZERO, false))
+            .last()
+            .unwrap();
+        assert_eq!(
+            late,
+            Step {
+                role: Role::PassThrough,
+                pause: Some(PAUSE_MAX)
+            }
+        );
+        assert_eq!(
+            deaths.count(Duration::ZERO, true).role,
+            Role::Successor,
+            "progress counts"
+        );
+        assert_eq!(deaths.in_row(), 1);
+        for _ in 0..50 {
+            assert_eq!(
+                deaths.count(LIFE_MIN, false),
+                Step {
+                    role: Role::Successor,
+                    pause: None
+                },
+                "so does a life"
+            );
+        }
+    }
+
+    fn memory() -> (Mapping, Shape) {
+        let block = BlockSize::DEFAULT;
+        let shape = Shape::usual(Geometry::new(1 << 20, block, block, 512, 4096).unwrap());
+        let memory = Memfd::create("blktide-test", shape.control_words() as u64 * 8).unwrap();
+        (Mapping::new(&memory).unwrap(), shape)
+    }
+
+    /// req P7: a slow disk is not a hung server.
+    #[test]
+    fn only_what_stands_still_with_nothing_outstanding_hangs() {
+        let (memory, shape) = memory();
+        let at = |s: u64| Instant(s * 1_000_000_000);
+        let set = |word, value| {
+            for q in 0..shape.queues {
+                memory.words()[shape.queue(q) + word].store(value, Ordering::SeqCst);
+            }
+        };
+        let mut hung = Hung::default();
+        for s in 0..100 {
+            assert!(!hung.look(&memory, &shape, at(s)), "taking over");
+        }
+        for s in 100..200 {
+            set(queue::TICK, s);
+            assert!(!hung.look(&memory, &shape, at(s)), "ticking");
+        }
+        set(queue::OUTSTANDING, 1);
+        for s in 200..300 {
+            assert!(!hung.look(&memory, &shape, at(s)), "waiting for the device");
+        }
+        set(queue::OUTSTANDING, 0);
+        let first = (300..400).find(|s| hung.look(&memory, &shape, at(*s)));
+        assert_eq!(first, Some(309));
+    }
+}
