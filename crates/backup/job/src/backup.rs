@@ -25,7 +25,7 @@ use crate::source::{BeginError, Begun, SnapshotAsk, SnapshotSource, TrackerSays}
 use blktide_format::manifest::{Counters, ImageHead, ImageKind};
 use blktide_image::writer::WantedWords;
 use blktide_image::{Content, ImageError, ImageFacts, ImageReader, ImageWriter};
-use blktide_repo::{ClaimRequest, ImageEntry, RepoError, Repository, Session};
+use blktide_repo::{ClaimRequest, ImageEntry, RepoError, Repository, Session, StoreError};
 use blktide_sys::buffer::AlignedBuffer;
 use blktide_types::clock::Instant;
 use blktide_types::geometry::Geometry;
@@ -143,7 +143,7 @@ fn check_room(min_free: Option<(FreeBytes, u64)>) -> Result<(), JobError> {
         source: ImageError::Repository(RepoError::Store {
             verb: "read",
             name: String::new(),
-            source: blktide_repo::StoreError::Io(source),
+            source: StoreError::Io(source),
         }),
     })?;
     if free_bytes < min_free_bytes {
@@ -167,7 +167,7 @@ pub(crate) fn survey(repository: &Repository, volume: VolumeId) -> Result<Found,
     let (newest, entry) = match repository.latest(volume) {
         Ok(None) => (Newest::None, None),
         Ok(Some(entry)) => (Newest::Usable(base_facts(&entry.head)), Some(entry)),
-        Err(RepoError::Damaged { .. } | RepoError::BaseGone { .. }) => (Newest::Unusable, None),
+        Err(error) if is_gone(&error) => (Newest::Unusable, None),
         Err(error) => return Err(error.into()),
     };
     Ok(Found {
@@ -177,6 +177,20 @@ pub(crate) fn survey(repository: &Repository, volume: VolumeId) -> Result<Found,
         },
         newest: entry,
     })
+}
+
+/// Whether something of an image is not there any more, or not as it was written. Not: the store failed.
+fn is_gone(error: &RepoError) -> bool {
+    matches!(
+        error,
+        RepoError::Damaged { .. }
+            | RepoError::BaseGone { .. }
+            | RepoError::NoImage
+            | RepoError::Store {
+                source: StoreError::NotFound,
+                ..
+            }
+    )
 }
 
 fn base_facts(head: &ImageHead) -> BaseFacts {
@@ -208,14 +222,12 @@ struct Prepared {
 
 impl Attempt<'_> {
     fn is_of_the_base(&self, error: &ImageError) -> bool {
-        !self.base_is_bad
-            && matches!(
-                error,
-                ImageError::Damaged { .. }
-                    | ImageError::Repository(
-                        RepoError::Damaged { .. } | RepoError::BaseGone { .. }
-                    )
-            )
+        let gone = if let ImageError::Repository(error) = error {
+            is_gone(error)
+        } else {
+            matches!(error, ImageError::Damaged { .. })
+        };
+        gone && !self.base_is_bad
     }
 
     fn run(&self) -> Result<BackupReport, JobError> {
@@ -448,12 +460,8 @@ pub(crate) fn open_base(
         .and_then(|reader| reader.absent().map(|absent| (Arc::new(reader), absent)));
     match opened {
         Ok(base) => Ok(Some(base)),
-        Err(
-            ImageError::Damaged { .. }
-            | ImageError::Repository(
-                RepoError::BaseGone { .. } | RepoError::Damaged { .. } | RepoError::NoImage,
-            ),
-        ) => Ok(None),
+        Err(ImageError::Damaged { .. }) => Ok(None),
+        Err(ImageError::Repository(error)) if is_gone(&error) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }

@@ -225,6 +225,10 @@ impl<T> Giver<T> {
 
 impl<T> Drop for Giver<T> {
     fn drop(&mut self) {
+        // The last word on the progress comes before the answer.
+        if let Some(on_progress) = &self.control.on_progress {
+            on_progress(self.control.progress());
+        }
         let result = self.result.take().unwrap_or(Err(JobError::Died));
         *self
             .answer
@@ -232,9 +236,6 @@ impl<T> Drop for Giver<T> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = Some(result);
         self.answer.given.notify_all();
-        if let Some(on_progress) = &self.control.on_progress {
-            on_progress(self.control.progress());
-        }
     }
 }
 
@@ -292,8 +293,8 @@ impl<T: Send + 'static> Running<T> {
         self.wait_with_grace(CANCEL_GRACE)
     }
 
-    /// As [`Self::wait`], with a grace of one's own. The first cancel after the job's end changes nothing.
-    pub fn wait_with_grace(self, grace: Duration) -> Result<T, JobError> {
+    /// As [`Self::wait`], with a grace of one's own; may be called again if the grace was too short.
+    pub fn wait_with_grace(&self, grace: Duration) -> Result<T, JobError> {
         /// How often a waiter looks whether there was a cancel.
         const LOOK: Duration = Duration::from_millis(50);
         let mut left = grace;
