@@ -90,8 +90,7 @@ impl World {
         &self,
         geometry: Geometry,
         base: Option<Arc<ImageReader>>,
-        wanted: &BlockSet,
-        pieces: usize,
+        (wanted, pieces): (&BlockSet, usize),
         block: impl Fn(BlockIndex) -> Model<'a>,
     ) -> Committed {
         let kind = match base {

@@ -163,10 +163,12 @@ impl Repository {
         };
         let manifest = name::of_claim(volume, sequence, "manifest");
         let mut bytes = vec![0; PREFIX_BYTES];
-        let len = self
-            .store
-            .get(&manifest, 0, &mut bytes)
-            .map_err(RepoError::at("read", &manifest))?;
+        let len = match self.store.get(&manifest, 0, &mut bytes) {
+            Ok(len) => len,
+            // Its end vouches for it: it was there.
+            Err(StoreError::NotFound) => 0,
+            Err(e) => return Err(RepoError::at("read", &manifest)(e)),
+        };
         bytes.truncate(len);
         let prefix = decode_prefix(&bytes, self.facts.id, volume, sequence)
             .map_err(RepoError::damaged(&manifest))?;

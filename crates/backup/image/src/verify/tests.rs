@@ -28,12 +28,12 @@ fn small(seed: Seed) -> World {
         _ => Model::Absent,
     };
     let all = BlockSet::full(geometry.block_count());
-    world.backup(geometry, None, &all, 70, model);
+    world.backup(geometry, None, (&all, 70), model);
     let mut wanted = BlockSet::new(geometry.block_count());
     wanted.insert_range(BlockRange::new(BlockIndex(3), BlockIndex(5)).unwrap());
     let base = Arc::new(world.reader(1));
     let other = vec![99; 4096];
-    world.backup(geometry, Some(base), &wanted, 2, |_| Model::Bytes(&other));
+    world.backup(geometry, Some(base), (&wanted, 2), |_| Model::Bytes(&other));
     world
 }
 
