@@ -26,6 +26,9 @@ mod request;
 pub mod snapshot;
 pub mod state;
 pub mod tracker;
+#[cfg(test)]
+#[cfg(loom)]
+mod worlds;
 
 pub use atomic::{Memory, PlainMemory};
 pub use consequence::Errno;

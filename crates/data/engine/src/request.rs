@@ -317,6 +317,7 @@ impl Request {
             self.revoke(queue, RevokeCause::WaitLimit);
         }
         if self.stage == Stage::AtGate && queue.gate_is_set() {
+            out.push(Action::WaitGate);
             return;
         }
         queue.unpark(self.stage == Stage::ForSnapshot);
