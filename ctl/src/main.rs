@@ -1,13 +1,117 @@
 //! blktidectl: one file a verb.
+//!
+//! Verbs that give orders ask the daemon; verbs that only read a repository (`images`, `show`, `restore`, `verify`) do it
+//! here, and with `-r PATH` need neither configuration nor daemon: a rescue system has neither.
 #![forbid(unsafe_code)]
 
+mod context;
 mod demo;
+mod images;
+mod interrupt;
+mod output;
+mod repositories;
+mod restore;
+mod show;
+mod verify;
 
+use blktide_api::failure::{Exit, Failure, FailureCode};
+use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
+use crate::context::Common;
+
+/// Incremental images of volumes that are in use
+#[derive(Parser, Debug)]
+#[command(name = "blktidectl", version, propagate_version = true)]
+struct CommandLine {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand, Debug)]
+enum Verb {
+    /// Which images there are
+    Images(images::Args),
+    /// Facts of one image, and why it is what it is
+    Show(show::Args),
+    /// An image to a new file, or over a file or device
+    Restore(restore::Args),
+    /// That images are whole; with --read-data, every byte
+    Verify(verify::Args),
+    /// The main job on a real file system, in a folder that goes away again
+    Demo,
+    /// Not built yet
+    #[command(hide = true)]
+    Mount(Later),
+    /// Not built yet
+    #[command(hide = true)]
+    Ls(Later),
+    /// Not built yet
+    #[command(hide = true)]
+    Extract(Later),
+    /// Not built yet
+    #[command(hide = true)]
+    Forget(Later),
+    /// Not built yet
+    #[command(hide = true)]
+    Prune(Later),
+    /// Not built yet
+    #[command(hide = true)]
+    Audit(Later),
+    /// Not built yet
+    #[command(hide = true)]
+    Heatmap(Later),
+    /// Not built yet
+    #[command(hide = true)]
+    Doctor(Later),
+}
+
+/// Whatever stands after a verb that is not built yet.
+#[derive(clap::Args, Debug)]
+struct Later {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    words: Vec<String>,
+}
+
 fn main() -> ExitCode {
-    match demo::run() {
-        Ok(code) => code,
-        Err(_error) => ExitCode::FAILURE,
+    // Wrong usage ends here, with 2; --help and --version with 0.
+    let CommandLine { common, verb } = CommandLine::parse();
+    let outcome = match &verb {
+        Verb::Demo => return demonstrate(),
+        Verb::Images(args) => images::run(args, &common),
+        Verb::Show(args) => show::run(args, &common),
+        Verb::Restore(args) => restore::run(args, &common),
+        Verb::Verify(args) => verify::run(args, &common),
+        Verb::Mount(later) => not_built("mount", later),
+        Verb::Ls(later) => not_built("ls", later),
+        Verb::Extract(later) => not_built("extract", later),
+        Verb::Forget(later) => not_built("forget", later),
+        Verb::Prune(later) => not_built("prune", later),
+        Verb::Audit(later) => not_built("audit", later),
+        Verb::Heatmap(later) => not_built("heatmap", later),
+        Verb::Doctor(later) => not_built("doctor", later),
+    };
+    match outcome {
+        Ok(exit) => output::exit_code(exit),
+        Err(failure) => output::failure(&failure, &common),
     }
+}
+
+fn demonstrate() -> ExitCode {
+    demo::run().unwrap_or_else(|error| {
+        output::complain(&format!("{error:#}"));
+        ExitCode::FAILURE
+    })
+}
+
+fn not_built(verb: &str, later: &Later) -> Result<Exit, Failure> {
+    Err(Failure::new(
+        FailureCode::NotBuiltYet,
+        format!(
+            "{verb} is not built yet ({} words after it)",
+            later.words.len()
+        ),
+    ))
 }

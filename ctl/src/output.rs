@@ -1,0 +1,93 @@
+//! What is said: documents and text on standard output, progress and errors on standard error.
+
+use blktide_api::failure::{Exit, Failure};
+use blktide_api::unit::size;
+use blktide_job::running::{OnProgress, Progress};
+use serde::Serialize;
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use crate::context::Common;
+
+/// The exit code of the process.
+pub(crate) fn exit_code(exit: Exit) -> ExitCode {
+    ExitCode::from(exit.number())
+}
+
+/// Prints a document as one line of JSON.
+pub(crate) fn document(value: &impl Serialize) {
+    match serde_json::to_string(value) {
+        Ok(text) => line(&text),
+        Err(error) => complain(&format!("a document could not be written: {error}")),
+    }
+}
+
+/// Prints a line for people, unless they asked for quiet or JSON.
+pub(crate) fn text(common: &Common, words: &str) {
+    if !common.quiet && !common.json {
+        line(words);
+    }
+}
+
+/// A line on standard output. A reader that went away (`| head`) is none of our business.
+fn line(words: &str) {
+    let mut out = std::io::stdout().lock();
+    drop(writeln!(out, "{words}"));
+}
+
+/// A line on standard error.
+pub(crate) fn complain(words: &str) {
+    let mut err = std::io::stderr().lock();
+    drop(writeln!(err, "{words}"));
+}
+
+/// Tells of a failure: the text and what to do next on standard error, the document on standard output if JSON is wanted.
+pub(crate) fn failure(failure: &Failure, common: &Common) -> ExitCode {
+    complain(&format!("blktidectl: {}", failure.message));
+    if !failure.hint.is_empty() {
+        complain(&format!("            {}", failure.hint));
+    }
+    if common.json {
+        document(&failure.document());
+    }
+    exit_code(failure.exit())
+}
+
+/// A line that shows how far a job is, where there is a terminal to show it.
+pub(crate) fn progress(common: &Common, what: &'static str) -> Option<OnProgress> {
+    if common.quiet || common.json || !std::io::stderr().is_terminal() {
+        return None;
+    }
+    Some(Arc::new(move |progress: Progress| {
+        let mut err = std::io::stderr().lock();
+        drop(write!(err, "\r{what} {}   ", share(progress)));
+        if progress.done_bytes >= progress.total_bytes && progress.total_bytes > 0 {
+            drop(write!(err, "\r{:60}\r", ""));
+        }
+    }))
+}
+
+fn share(progress: Progress) -> String {
+    let done = size(progress.done_bytes);
+    match progress
+        .done_bytes
+        .saturating_mul(100)
+        .checked_div(progress.total_bytes)
+    {
+        Some(percent) => format!("{percent:3} % ({done} of {})", size(progress.total_bytes)),
+        None => done,
+    }
+}
+
+/// Asks on the terminal; false without one.
+pub(crate) fn asked(question: &str) -> bool {
+    if !std::io::stdin().is_terminal() {
+        return false;
+    }
+    let mut err = std::io::stderr().lock();
+    drop(write!(err, "{question} [y/N] "));
+    drop(err.flush());
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer).is_ok() && matches!(answer.trim(), "y" | "Y" | "yes")
+}
