@@ -127,6 +127,12 @@ words! {
         42 => FAILURE,
         /// Instant of the last server's start, nanoseconds of the boot clock.
         43 => STARTED_AT,
+        /// Longest time from a server's death to its successor's service, nanoseconds.
+        44 => LONGEST_PAUSE,
+        /// Requests of dead servers that their successors found in the slots.
+        45 => LEFT_REQUESTS,
+        /// Volume's life begun (stored by its first server): the hand-over of the bitmap is over.
+        46 => SERVING,
         /// Sequence of the newest revoked snapshot << 8 | its cause: it and all older ones are revoked (P1).
         48 => REVOKED,
         /// Sequence of the newest snapshot that was begun.
@@ -171,7 +177,7 @@ words! {
         3 => PARKED,
         /// Requests finished.
         4 => FINISHED,
-        /// Longest wait of a request outside, nanoseconds.
+        /// Longest time from a write's arrival to its submission, of those that had to wait, nanoseconds.
         5 => LONGEST_WAIT,
         /// Blocks preserved for snapshots.
         6 => PRESERVED,

@@ -4,10 +4,6 @@
 
 /// One rule left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(
-    not(any(test, loom)),
-    expect(dead_code, reason = "only tests break rules")
-)]
 pub(crate) enum Break {
     // P3
     /// Epoch and gate are looked at, then the request enters.
@@ -40,10 +36,12 @@ pub(crate) enum Break {
     NoHoldId,
     // P1
     /// Reader: takes first, reads the device afterwards.
+    #[cfg(loom)]
     TakeBeforeReading,
     /// Reader: stores `DONE`; nobody wins.
     TakeByStore,
     /// Reader: takes a preserved block first and copies its slot afterwards.
+    #[cfg(loom)]
     TakeBeforeCopy,
     /// Reader: keeps its data although it lost.
     LoserKeeps,
@@ -54,6 +52,7 @@ pub(crate) enum Break {
     /// Reader: does not look at `revoked` after taking.
     NoRevokedLoad,
     /// Server: stores `revoked` after the write.
+    #[cfg(loom)]
     RevokeAfterWrite,
     /// Server: no fence after storing `revoked`.
     NoRevokeFence,

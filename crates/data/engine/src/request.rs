@@ -227,7 +227,7 @@ pub struct Request {
     next_block: u64,
     lanes: [Option<(BlockIndex, SaveSlot)>; LANES],
     sequence: u64,
-    outside_since: Option<Instant>,
+    arrived: Instant,
     was_outside: bool,
     held_until: Option<Instant>,
 }
@@ -250,7 +250,7 @@ impl Request {
             next_block: 0,
             lanes: [None; LANES],
             sequence: 0,
-            outside_since: None,
+            arrived: Instant(0),
             was_outside: false,
             held_until: None,
         }
@@ -296,7 +296,7 @@ impl Request {
         self.done = 0;
         self.lanes = [None; LANES];
         self.piece_end = offset.saturating_add(len);
-        self.outside_since = None;
+        self.arrived = now;
         self.was_outside = false;
         self.held_until = None;
         if offset.checked_add(len).is_none_or(|end| end > volume_bytes) {
@@ -304,7 +304,7 @@ impl Request {
             return self.complete(queue, Err(Errno::INVALID), out);
         }
         match operation {
-            Operation::Read { .. } | Operation::Flush => self.perform(queue, out),
+            Operation::Read { .. } | Operation::Flush => self.perform(queue, now, out),
             Operation::Write { .. } | Operation::Zero { .. } if len == 0 => {
                 self.complete(queue, Ok(0), out);
             }
@@ -321,9 +321,6 @@ impl Request {
             return;
         }
         queue.unpark(self.stage == Stage::ForSnapshot);
-        if let Some(since) = self.outside_since.take() {
-            queue.waited(now.since(since));
-        }
         self.enter(queue, now, out);
     }
 
@@ -332,7 +329,7 @@ impl Request {
         let early = broken(Break::LookBeforeEntering).then(|| queue.engine.inner.marks.epoch());
         if queue.engine.inner.gate.enter(queue.number) == Entry::Shut {
             queue.park(false);
-            self.go_outside(Stage::AtGate, now);
+            self.go_outside(Stage::AtGate);
             out.push(Action::WaitGate);
             return;
         }
@@ -419,7 +416,7 @@ impl Request {
             self.held_until.get_or_insert(now.after(limit));
             self.wait(queue, true, now, out);
         } else if !in_flight || broken(Break::OverwriteBeforeCopy) && self.next_block >= end_block {
-            self.perform(queue, out);
+            self.perform(queue, now, out);
         }
     }
 
@@ -527,7 +524,7 @@ impl Request {
         queue.engine.inner.gate.leave(queue.number);
         if !limited || queue.may_park() {
             queue.park(true);
-            self.go_outside(Stage::ForSnapshot, now);
+            self.go_outside(Stage::ForSnapshot);
             let soon = now.after(AGAIN_SOON);
             let until = self.held_until.map_or(soon, |t| t.min(soon));
             out.push(Action::WaitSnapshot { until });
@@ -537,14 +534,16 @@ impl Request {
         }
     }
 
-    fn go_outside(&mut self, stage: Stage, now: Instant) {
+    fn go_outside(&mut self, stage: Stage) {
         self.stage = stage;
         self.was_outside = true;
-        self.outside_since.get_or_insert(now);
     }
 
-    fn perform(&mut self, queue: &Queue, out: &mut Actions) {
+    fn perform(&mut self, queue: &Queue, now: Instant, out: &mut Actions) {
         self.stage = Stage::Performing;
+        if self.was_outside || self.held_until.is_some() {
+            queue.waited(now.since(self.arrived));
+        }
         if self.is_counted() && broken(Break::LeaveBeforeWritten) {
             queue.engine.inner.gate.leave(queue.number);
         }
@@ -595,10 +594,12 @@ impl Request {
                 }
                 self.done = self.done.saturating_add(bytes);
                 if bytes < left {
-                    self.perform(queue, out);
+                    self.perform(queue, now, out);
                 } else if self.done < len {
                     self.leave(queue);
                     self.held_until = None;
+                    self.was_outside = false;
+                    self.arrived = now;
                     self.enter(queue, now, out);
                 } else {
                     self.leave(queue);

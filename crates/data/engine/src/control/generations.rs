@@ -68,6 +68,32 @@ impl Control {
         }
     }
 
+    /// Makes room for one more name: the oldest that no hint names goes. What it alone held goes to the run before it.
+    pub(super) fn drop_names(&mut self) -> Result<(), EngineError> {
+        let hints = self.hinted();
+        loop {
+            let mut list = self.table().ok_or(EngineError::NoBank)?;
+            if list.len() < self.engine.inner.shape.generations {
+                return Ok(());
+            }
+            // The open generation has to stay; with fewer hints than names there is another.
+            let closed = list.len().saturating_sub(1);
+            let unhinted = list
+                .iter()
+                .take(closed)
+                .position(|g| !hints.contains(&g.name));
+            let dropped = list.remove(unhinted.unwrap_or(0));
+            let alone = !list.iter().any(|g| g.bank == dropped.bank);
+            let before = unhinted.unwrap_or(0).checked_sub(1);
+            if let Some(older) = before.and_then(|i| list.get(i)).filter(|_| alone) {
+                let inner = &self.engine.inner;
+                let bits = inner.marks.bank(dropped.bank).map(load_all);
+                or_into(inner, older.bank, &bits.unwrap_or_default())?;
+            }
+            self.set_table(&list);
+        }
+    }
+
     /// Merges one pair of closed neighbours whose boundary no hint names: the younger's bits into the older's bank.
     pub(super) fn merge(&mut self, list: &[Generation]) -> Result<(), EngineError> {
         let hints = self.hinted();

@@ -120,6 +120,7 @@ impl Control {
         if self.living.is_some() {
             return Err(EngineError::SnapshotUnderWay);
         }
+        self.drop_names()?;
         let bank = self.free_bank()?;
         let bank_words = inner.marks.bank(bank).ok_or(EngineError::NoBank)?;
         if !broken(Break::WrongBankCleared) {
@@ -150,10 +151,9 @@ impl Control {
             opened: asked.opens_at,
             bank,
         });
-        let surplus = list.len().saturating_sub(inner.shape.generations);
         let table = 1 - epoch.table();
         if let Some(words) = inner.tables.get(table) {
-            store_table(words, list.get(surplus..).unwrap_or_default());
+            store_table(words, &list);
         }
         inner
             .head
