@@ -17,7 +17,9 @@ pub mod consequence;
 pub mod control;
 mod engine;
 mod error;
+pub mod evidence;
 pub mod gate;
+pub mod handover;
 #[cfg(test)]
 #[cfg(not(loom))]
 mod model;
