@@ -17,6 +17,8 @@ pub mod verify;
 pub mod writer;
 
 #[cfg(test)]
+mod commit_tests;
+#[cfg(test)]
 mod testing;
 
 pub use blktide_format::page::BlockKind;

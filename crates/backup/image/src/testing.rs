@@ -7,7 +7,7 @@ use blktide_testkit::clock::TestRandom;
 use blktide_testkit::seed::Seed;
 use blktide_types::clock::WallTime;
 use blktide_types::geometry::Geometry;
-use blktide_types::id::{BootId, Digest, GenerationName, HostId, VolumeId};
+use blktide_types::id::{BootId, Digest, GenerationName, HostId, ImageId, VolumeId};
 use blktide_types::set::BlockSet;
 use blktide_types::unit::{BlockIndex, BlockSize};
 use std::sync::Arc;
@@ -57,20 +57,7 @@ impl World {
 
     pub(crate) fn request(&self, base: Option<&ImageReader>) -> ClaimRequest {
         let _ = self;
-        ClaimRequest {
-            volume: VOLUME,
-            volume_name: "data".to_owned(),
-            host: HostId([3; 16]),
-            host_name: "web1".to_owned(),
-            process: ProcessMark {
-                boot: BootId([4; 16]),
-                pid: 4711,
-                start_time: 99,
-            },
-            base: base.map(|b| (b.head().image, b.head().sequence)),
-            generation: GenerationName([5; 16]),
-            now: WallTime(2),
-        }
+        request(base.map(|b| (b.head().image, b.head().sequence)))
     }
 
     /// Begins an image of `wanted` on top of `base`.
@@ -156,4 +143,22 @@ pub(crate) fn bytes_of(geometry: Geometry, volume: &[u8], block: BlockIndex) -> 
     let start = usize::try_from(geometry.block_start(block)).unwrap();
     let len = usize::try_from(geometry.block_bytes(block)).unwrap();
     &volume[start..start + len]
+}
+
+/// What a backup of the test's volume claims.
+pub(crate) fn request(base: Option<(ImageId, u64)>) -> ClaimRequest {
+    ClaimRequest {
+        volume: VOLUME,
+        volume_name: "data".to_owned(),
+        host: HostId([3; 16]),
+        host_name: "web1".to_owned(),
+        process: ProcessMark {
+            boot: BootId([4; 16]),
+            pid: 4711,
+            start_time: 99,
+        },
+        base,
+        generation: GenerationName([5; 16]),
+        now: WallTime(2),
+    }
 }

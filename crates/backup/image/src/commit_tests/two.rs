@@ -1,0 +1,1 @@
+//! Two backups of one volume at once.
