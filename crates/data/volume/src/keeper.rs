@@ -16,26 +16,26 @@ mod watch;
 
 use crate::client::VolumeClient;
 use crate::error::VolumeError;
-use crate::inherited::{FIRST_NUMBER, Inherited, Role, options_in_memory};
+use crate::inherited::{FIRST_NUMBER, Inherited, read_options};
+use crate::log::Log;
 use crate::options::VolumeOptions;
-use blktide_format::shared::{Shape, control};
+use crate::start::{Role, Start, word};
+use blktide_format::shared::{Shape, control, queue};
 use blktide_sys::clock::SystemClock;
-use blktide_sys::event::{Signals, Watched, poll};
+use blktide_sys::event::{SignalFd, Signals, Watched, pause, poll};
 use blktide_sys::mapping::Mapping;
+use blktide_sys::memfd::Memfd;
 use blktide_sys::process::{self, Exit, PidFd};
-use blktide_sys::spawn::{Launch, Program, launch};
+use blktide_sys::spawn::{Launch, Program, ProgramLock, launch};
 use blktide_types::clock::{Clock, Instant};
 use std::ffi::OsStr;
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use watch::{Deaths, Hung};
 
-/// Control word `ENDED`: the volume was detached, its bitmap stored.
-const ENDED_CLEAN: u64 = 1;
-/// Control word `ENDED`: the server does not know the memories' layout.
-const ENDED_REFUSED: u64 = 2;
 /// How often queues are looked at for standing still.
 const LOOK: Duration = Duration::from_secs(1);
 /// Longest wait for a reply while adopting.
@@ -48,11 +48,8 @@ const ADOPT_LIMIT: Duration = Duration::from_secs(10);
 pub fn run(options: &VolumeOptions) -> Result<(), VolumeError> {
     let lock = setup::lock(options)?;
     harden(&options.name);
-    let signals = blktide_sys::event::SignalFd::new(&[
-        Signals::Terminate,
-        Signals::Interrupt,
-        Signals::Reload,
-    ]);
+    let caught = [Signals::Terminate, Signals::Interrupt, Signals::Reload];
+    let signals = SignalFd::new(&caught);
     let signals = signals.map_err(|e| setup::io("block signals for", &options.socket(), e))?;
     let mut keeper = match VolumeClient::connect(&options.runtime_dir, &options.name, ADOPT_LIMIT) {
         Ok(client) => Keeper::adopt(options, client)?,
@@ -96,14 +93,16 @@ fn say(name: &str, what: &str) {
 }
 
 struct Keeper {
-    options: VolumeOptions,
+    start: Start,
+    shape: Shape,
     inherited: Inherited,
     /// What the servers before were started from, if that is another build.
     older: Option<Program>,
     control: Arc<Mapping>,
+    log: Log,
     /// Held in memory only.
     _slots: Mapping,
-    _locks: Vec<blktide_sys::spawn::ProgramLock>,
+    _lock: Option<ProgramLock>,
     server: PidFd,
     server_since: Instant,
     deaths: Deaths,
@@ -112,88 +111,83 @@ struct Keeper {
 
 impl Keeper {
     fn attach(options: &VolumeOptions) -> Result<Self, VolumeError> {
-        let shape = setup::shape(options)?;
-        let inherited = setup::fresh(options, &shape)?;
-        let made = Self::over(options, inherited, None);
+        let start = setup::start(options)?;
+        let shape = start.shape()?;
+        let inherited = setup::fresh(&start, &shape)?;
+        let made = Self::over(start, inherited);
         let mut keeper = made.inspect_err(|_| setup::take_down(options))?;
-        keeper
+        let begun = keeper
             .start(Role::First)
-            .inspect_err(|_| setup::take_down(options))?;
-        keeper.attaching = Some(setup::Attaching::start(options, &shape)?);
+            .and_then(|()| setup::Attaching::start(options, &shape));
+        keeper.attaching = Some(begun.inspect_err(|_| keeper.give_up())?);
         Ok(keeper)
     }
 
     fn adopt(options: &VolumeOptions, mut client: VolumeClient) -> Result<Self, VolumeError> {
-        let fail = |e| setup::io("adopt", &options.socket(), io::Error::other(e));
-        let own = PidFd::of_self().map_err(fail)?;
+        let fail = |e| setup::io("adopt", &options.socket(), e);
+        let own = PidFd::of_self().map_err(|e| fail(io::Error::other(e)))?;
         let descriptors = client.adopt(&own)?;
-        let mut inherited = Inherited::from_descriptors(descriptors)?;
-        let given = inherited.read_options()?;
-        let program = Program::this().map_err(fail)?;
+        let mut inherited = Inherited::from_descriptors(descriptors).map_err(fail)?;
+        // What it was attached with: nothing of it changes until it is detached.
+        let start: Start = read_options(&inherited.options).map_err(fail)?;
+        let program = Program::this().map_err(|e| fail(io::Error::other(e)))?;
         let older = std::mem::replace(&mut inherited.program, program);
-        let mut keeper = Self::over(&given, inherited, Some(older))?;
+        let mut keeper = Self::over(start, inherited)?;
+        keeper.older = Some(older);
         if keeper.word(control::LOOP_NUMBER) == 0 {
-            let shape = keeper
-                .shape()
-                .ok_or_else(|| setup::layout("the control memory"))?;
-            keeper.attaching = Some(setup::Attaching::start(&given, &shape)?);
+            let attaching = setup::Attaching::start(&keeper.start.options, &keeper.shape)?;
+            keeper.attaching = Some(attaching);
         }
-        say(
-            &given.name,
-            &format!("adopted server {}", keeper.server.pid()),
-        );
+        keeper.say(&format!("adopted server {}", keeper.server.pid()));
         Ok(keeper)
     }
 
-    fn over(
-        options: &VolumeOptions,
-        mut inherited: Inherited,
-        older: Option<Program>,
-    ) -> Result<Self, VolumeError> {
-        let fail = |e| setup::io("map the memory of", &options.socket(), io::Error::other(e));
-        // Servers are handed the options as they are now.
-        inherited.options = options_in_memory(options)?;
-        let control = Arc::new(Mapping::new(&inherited.control).map_err(fail)?);
-        let slots = Mapping::new(&inherited.slots).map_err(fail)?;
-        let mut locks = Vec::new();
-        let held = [
-            control.populate(0, control.len()),
-            control.lock(0, control.len()),
-            slots.populate(0, slots.len()),
-            slots.lock(0, slots.len()),
-        ];
-        for failed in held.into_iter().filter_map(Result::err) {
-            say(&options.name, &format!("memory is not locked: {failed}"));
+    fn over(start: Start, inherited: Inherited) -> Result<Self, VolumeError> {
+        let shape = start.shape()?;
+        let socket = start.options.socket();
+        let fail = |e| setup::io("map the memory of", &socket, e);
+        let map = |fd: &OwnedFd| -> io::Result<Mapping> {
+            let memory = Memfd::from_fd(fd.try_clone()?).map_err(io::Error::other)?;
+            Mapping::new(&memory).map_err(io::Error::other)
+        };
+        let control = Arc::new(map(&inherited.control).map_err(fail)?);
+        let slots = map(&inherited.slots).map_err(fail)?;
+        let server = inherited.other.try_clone().map_err(fail)?;
+        let lock = inherited.program.lock();
+        let mut warnings = 0;
+        for part in [&*control, &slots] {
+            if part
+                .populate(0, part.len())
+                .and_then(|()| part.lock(0, part.len()))
+                .is_err()
+            {
+                warnings |= word::NOT_LOCKED;
+            }
         }
-        match inherited.program.lock() {
-            Ok(lock) => locks.push(lock),
-            Err(e) => say(&options.name, &format!("the program is not locked: {e}")),
+        if lock.is_err() || blktide_sys::mapping::lock_all().is_err() {
+            warnings |= word::NOT_LOCKED;
         }
         if !inherited.program.is_in_memory() {
-            say(
-                &options.name,
-                "vm.memfd_noexec: a new server needs the disk that the program lies on",
-            );
+            warnings |= word::ON_DISK;
         }
-        let server = inherited
-            .other
-            .try_clone()
-            .map_err(|e| setup::io("watch the server of", &options.socket(), e))?;
         let keeper = Self {
-            options: options.clone(),
+            log: Log::new(&control, &shape),
+            start,
+            shape,
             inherited,
-            older,
+            older: None,
             control,
             _slots: slots,
-            _locks: locks,
+            _lock: lock.ok(),
             server,
             server_since: SystemClock.now(),
             deaths: Deaths::default(),
             attaching: None,
         };
-        if let Err(e) = blktide_sys::mapping::lock_all() {
-            say(&keeper.options.name, &format!("memory is not locked: {e}"));
+        for warning in word::warnings(warnings) {
+            keeper.say(&warning);
         }
+        keeper.set_word(control::WARNINGS, keeper.word(control::WARNINGS) | warnings);
         keeper.set_word(
             control::KEEPER_PID,
             u64::try_from(process::own_pid()).unwrap_or(0),
@@ -201,8 +195,19 @@ impl Keeper {
         Ok(keeper)
     }
 
-    fn shape(&self) -> Option<Shape> {
-        Shape::of_head(|i| self.word(i)).ok()
+    fn say(&self, what: &str) {
+        say(&self.start.options.name, what);
+    }
+
+    /// What servers have logged goes where our own lines go.
+    fn pass_log_on(&mut self) {
+        for line in self.log.drain().lines() {
+            self.say(line);
+        }
+    }
+
+    fn io(&self, what: &'static str, source: io::Error) -> VolumeError {
+        setup::io(what, &self.start.options.socket(), source)
     }
 
     fn cell(&self, index: usize) -> Option<&AtomicU64> {
@@ -221,31 +226,21 @@ impl Keeper {
 
     /// Starts a server; the one before must be dead.
     fn start(&mut self, role: Role) -> Result<(), VolumeError> {
-        let fail = |e| {
-            setup::io(
-                "start a server of",
-                &self.options.socket(),
-                io::Error::other(e),
-            )
-        };
+        let fail = |e: blktide_sys::SysError| self.io("start a server of", io::Error::other(e));
         let own = PidFd::of_self().map_err(fail)?;
-        let descriptors: Vec<_> = self
-            .inherited
-            .descriptors(&own)
-            .into_iter()
-            .zip(FIRST_NUMBER..)
-            .collect();
-        let words = [
-            "@blktided",
-            "volume",
-            &self.options.name,
-            "--server",
-            role.word(),
-        ];
-        let arguments = words.map(OsStr::new);
+        let list = self.inherited.descriptors(&own).into_iter();
+        let descriptors: Vec<_> = list.zip(FIRST_NUMBER..).collect();
+        let name = &self.start.options.name;
+        let arguments = ["@blktided", "volume", name, "--server", role.word()].map(OsStr::new);
         let variables = setup::environment();
         let environment: Vec<&OsStr> = variables.iter().map(AsRef::as_ref).collect();
         self.set_word(control::ENDED, 0);
+        self.set_word(control::FINISHED_AT_START, self.finished());
+        self.set_word(
+            control::STARTS,
+            self.word(control::STARTS).saturating_add(1),
+        );
+        self.set_word(control::STARTED_AT, SystemClock.now().0);
         let started = launch(&Launch {
             program: &self.inherited.program,
             arguments: &arguments,
@@ -255,61 +250,43 @@ impl Keeper {
         });
         self.server = started.map_err(fail)?.process;
         self.server_since = SystemClock.now();
-        self.set_word(control::STARTED_AT, self.server_since.0);
         self.set_word(
             control::SERVER_PID,
             u64::try_from(self.server.pid()).unwrap_or(0),
         );
-        self.set_word(
-            control::STARTS,
-            self.word(control::STARTS).saturating_add(1),
-        );
-        self.set_word(control::FINISHED_AT_START, self.finished());
         Ok(())
     }
 
     /// Requests finished since the memory was made.
     fn finished(&self) -> u64 {
-        self.shape().map_or(0, |shape| {
-            watch::sum(
-                &self.control,
-                &shape,
-                blktide_format::shared::queue::FINISHED,
-            )
-        })
+        watch::sum(&self.control, &self.shape, queue::FINISHED)
     }
 
-    fn watch(&mut self, signals: &blktide_sys::event::SignalFd) -> Result<(), VolumeError> {
+    fn watch(&mut self, signals: &SignalFd) -> Result<(), VolumeError> {
         let mut hung = Hung::default();
         loop {
             let mut watched = vec![Watched::readable(&self.server), Watched::readable(signals)];
             if let Some(attaching) = &self.attaching {
                 watched.push(Watched::readable(attaching.bell()));
             }
-            poll(&mut watched, Some(LOOK))
-                .map_err(|e| setup::io("watch the server of", &self.options.socket(), e))?;
+            poll(&mut watched, Some(LOOK)).map_err(|e| self.io("watch the server of", e))?;
             while let Ok(Some(signal)) = signals.take() {
-                say(
-                    &self.options.name,
-                    &format!("{signal:?} is ignored while the volume is attached: detach it"),
-                );
+                self.say(&format!(
+                    "{signal:?} is ignored while the volume is attached: detach it"
+                ));
             }
-            self.look_at_attach()?;
             if let Ok(Some(exit)) = self.server.try_wait() {
                 hung = Hung::default();
                 if self.server_ended(exit)? {
                     return Ok(());
                 }
-            } else if let Some(shape) = self.shape()
-                && hung.look(&self.control, &shape, SystemClock.now())
-            {
-                say(
-                    &self.options.name,
-                    &format!("server {} hangs: killed", self.server.pid()),
-                );
+            } else if hung.look(&self.control, &self.shape, SystemClock.now()) {
+                self.say(&format!("server {} hangs: killed", self.server.pid()));
                 // Its end is seen in the next turn; if it has ended by itself, too.
                 drop(self.server.signal(Signals::Kill));
             }
+            self.look_at_attach()?;
+            self.pass_log_on();
         }
     }
 
@@ -323,89 +300,89 @@ impl Keeper {
             return Ok(());
         };
         self.attaching = None;
-        match result {
-            Ok(done) => {
-                self.set_word(control::FRONTEND, done.connection);
-                self.set_word(
-                    control::LOOP_NUMBER,
-                    u64::from(done.device.number()).saturating_add(1),
-                );
-                if let Some(state) = self.cell(control::STATE) {
-                    // Unless the server is passing through, or is being detached already.
-                    let _was = state.compare_exchange(0, 1, Ordering::SeqCst, Ordering::SeqCst);
-                }
-                say(
-                    &self.options.name,
-                    &format!(
-                        "attached: {} → {}",
-                        self.options.node().display(),
-                        done.device.node().display()
-                    ),
-                );
-                Ok(())
-            }
-            Err(e) => {
-                drop(self.server.signal(Signals::Kill));
-                drop(self.server.wait());
-                setup::take_down(&self.options);
-                Err(e)
-            }
+        let done = result.inspect_err(|_| self.give_up())?;
+        self.set_word(control::FRONTEND, done.connection);
+        let number = u64::from(done.device.number());
+        self.set_word(control::LOOP_NUMBER, number.saturating_add(1));
+        if let Some(state) = self.cell(control::STATE) {
+            // Unless the server is passing through, or is being detached already.
+            let (from, to) = (word::ATTACHING, word::ATTACHED);
+            let _was = state.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst);
+        }
+        let (node, device) = (self.start.options.node(), done.device.node());
+        self.say(&format!(
+            "attached: {} → {}",
+            node.display(),
+            device.display()
+        ));
+        Ok(())
+    }
+
+    /// Gives the attach up: nobody uses the volume yet.
+    fn give_up(&mut self) {
+        if self.server.pid() != process::own_pid() {
+            drop(self.server.signal(Signals::Kill));
+            drop(self.server.wait());
+        }
+        self.pass_log_on();
+        setup::take_down(&self.start.options);
+    }
+
+    fn gone(&self, why: String) -> VolumeError {
+        VolumeError::ServerEnded {
+            name: self.start.options.name.clone(),
+            why,
         }
     }
 
     /// True if the volume is detached.
     fn server_ended(&mut self, exit: Exit) -> Result<bool, VolumeError> {
+        self.pass_log_on();
         let ended = self.word(control::ENDED);
-        if ended == ENDED_CLEAN {
-            setup::remove_names(&self.options);
-            say(&self.options.name, "detached");
+        if ended == word::CLEAN {
+            setup::remove_names(&self.start.options);
+            self.say("detached");
             return Ok(true);
         }
-        if self.word(control::LOOP_NUMBER) == 0 && self.attaching.is_some() {
-            // Nobody uses the volume yet: better no volume than one that keeps dying.
-            setup::take_down(&self.options);
-            return Err(VolumeError::ServerEnded {
-                name: self.options.name.clone(),
-                why: watch::last_words(&self.control, exit),
-            });
+        if self.attaching.is_some() {
+            // Better no volume than one that keeps dying from its first moment.
+            setup::take_down(&self.start.options);
+            return Err(self.gone(watch::how(exit)));
         }
-        if ended == ENDED_REFUSED
+        if setup::is_over(&self.inherited.fuse) {
+            setup::take_down(&self.start.options);
+            return Err(self.gone("its FUSE connection was ended from outside".to_owned()));
+        }
+        if ended == word::REFUSED
             && let Some(older) = self.older.take()
         {
-            say(
-                &self.options.name,
-                "this build does not know the memory: going on with the one before",
-            );
+            self.say("this build refuses to go on: the one before does");
             self.inherited.program = older;
         }
-        let pid = self.server.pid();
-        let lived = SystemClock.now().since(self.server_since);
+        self.succeed(exit).map(|()| false)
+    }
+
+    /// Starts the next server.
+    fn succeed(&mut self, exit: Exit) -> Result<(), VolumeError> {
+        let seen = SystemClock.now();
+        let dead = self.server.pid();
         let progress = self.finished() != self.word(control::FINISHED_AT_START);
-        let step = self.deaths.count(lived, progress);
+        let step = self.deaths.count(seen.since(self.server_since), progress);
         self.set_word(control::DEATHS_IN_ROW, u64::from(self.deaths.in_row()));
-        if let Some(pause) = step.pause {
-            blktide_sys::event::pause(pause)
-                .map_err(|e| setup::io("wait for", &self.options.socket(), e))?;
+        if let Some(time) = step.pause {
+            pause(time).map_err(|e| self.io("wait for", e))?;
         }
-        let died = SystemClock.now();
         while let Err(e) = self.start(step.role) {
             // Out of processes or memory: the volume stands still until this succeeds.
-            say(
-                &self.options.name,
-                &format!("cannot start a server, trying again: {e}"),
-            );
-            blktide_sys::event::pause(LOOK)
-                .map_err(|e| setup::io("wait for", &self.options.socket(), e))?;
+            self.say(&format!("cannot start a server, trying again: {e}"));
+            pause(LOOK).map_err(|e| self.io("wait for", e))?;
         }
-        let took = SystemClock.now().since(died);
-        say(
-            &self.options.name,
-            &format!(
-                "server {pid} died ({exit:?}): {} started as {} in {took:?}",
-                self.server.pid(),
-                step.role.word()
-            ),
-        );
-        Ok(false)
+        let took = SystemClock.now().since(seen);
+        let (next, role) = (self.server.pid(), step.role.word());
+        self.say(&format!(
+            "server {dead} died ({}): {next} started as {role} in {took:?}",
+            watch::how(exit)
+        ));
+        Ok(())
     }
 }

@@ -5,9 +5,10 @@
 use crate::error::VolumeError;
 use crate::inherited::{Inherited, options_in_memory};
 use crate::options::VolumeOptions;
+use crate::start::Start;
 use blktide_device::Limits;
 use blktide_format::shared::Shape;
-use blktide_sys::event::EventFd;
+use blktide_sys::event::{EventFd, Readiness, Watched, poll};
 use blktide_sys::fuse::{self, Connection, FuseDevice};
 use blktide_sys::loopdev::{LoopDevice, LoopOptions};
 use blktide_sys::memfd::Memfd;
@@ -15,12 +16,11 @@ use blktide_sys::process::PidFd;
 use blktide_sys::socket::PacketListener;
 use blktide_sys::spawn::Program;
 use blktide_sys::{fs, mounts};
-use blktide_types::geometry::Geometry;
-use blktide_types::unit::BlockSize;
 use std::ffi::OsString;
 use std::io;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 /// Requests that the loop device may have under way (P8).
 const LOOP_REQUESTS: u32 = 64;
@@ -33,10 +33,6 @@ pub(super) fn io(what: &'static str, path: &Path, source: io::Error) -> VolumeEr
         path: path.to_owned(),
         source,
     }
-}
-
-pub(super) fn layout(why: impl Into<String>) -> VolumeError {
-    VolumeError::Layout { why: why.into() }
 }
 
 /// Takes the volume's lock; it ends with this process.
@@ -59,40 +55,16 @@ pub(super) fn lock(options: &VolumeOptions) -> Result<std::fs::File, VolumeError
     }
 }
 
-/// The shape of the volume's memories, from its options and its device.
-pub(super) fn shape(options: &VolumeOptions) -> Result<Shape, VolumeError> {
-    let limits = Limits::of(&options.device)
-        .map_err(|e| io("open", &options.device, io::Error::other(e)))?;
-    let size =
-        |bytes| BlockSize::new(bytes).ok_or_else(|| layout(format!("a block of {bytes} bytes")));
-    let geometry = Geometry::new(
-        limits.volume_bytes,
-        size(options.block_size_bytes)?,
-        size(options.grain_bytes)?,
-        limits.logical_sector_bytes,
-        limits.physical_sector_bytes,
-    );
-    let geometry = geometry.ok_or_else(|| {
-        layout(format!(
-            "{} bytes in sectors of {}, blocks of {}, grains of {}",
-            limits.volume_bytes,
-            limits.logical_sector_bytes,
-            options.block_size_bytes,
-            options.grain_bytes
-        ))
-    })?;
-    let queues = usize::try_from(options.queues).unwrap_or(0);
-    if queues == 0 || queues > 16 {
-        return Err(layout(format!("{queues} queues")));
-    }
-    Ok(Shape {
-        queues,
-        ..Shape::usual(geometry)
-    })
+/// What servers of a volume are told, from its options and its device.
+pub(super) fn start(options: &VolumeOptions) -> Result<Start, VolumeError> {
+    let limits = Limits::of(&options.device);
+    let limits = limits.map_err(|e| io("open", &options.device, io::Error::other(e)))?;
+    Ok(Start::new(options, &limits))
 }
 
 /// Everything that the first server inherits. `other` is this process until there is a server.
-pub(super) fn fresh(options: &VolumeOptions, shape: &Shape) -> Result<Inherited, VolumeError> {
+pub(super) fn fresh(start: &Start, shape: &Shape) -> Result<Inherited, VolumeError> {
+    let options = &start.options;
     clear_stale(options);
     let path = options.socket();
     let sys = |what: &'static str| {
@@ -111,7 +83,7 @@ pub(super) fn fresh(options: &VolumeOptions, shape: &Shape) -> Result<Inherited,
             .map_err(|e| io("allocate the memory of", &path, e))?;
     }
     let program = Program::this().map_err(sys("copy the program for"))?;
-    let options_memory = options_in_memory(options)?;
+    let told = options_in_memory(start).map_err(|e| io("store the options of", &path, e))?;
     let other = PidFd::of_self().map_err(sys("watch"))?;
     let mount_point = options.mount_point();
     fs::create_folders(&mount_point, 0o700).map_err(sys("make the mount point of"))?;
@@ -128,13 +100,13 @@ pub(super) fn fresh(options: &VolumeOptions, shape: &Shape) -> Result<Inherited,
         .map_err(sys("listen at"))
         .inspect_err(|_| take_down(options))?;
     Ok(Inherited {
-        control,
-        banks,
-        slots,
+        control: control.into_fd(),
+        banks: banks.into_fd(),
+        slots: slots.into_fd(),
         fuse: device,
         listener,
         program,
-        options: options_memory,
+        options: told,
         other,
     })
 }
@@ -171,6 +143,13 @@ pub(super) fn take_down(options: &VolumeOptions) {
     }
     clear_stale(options);
     remove_names(options);
+}
+
+/// Whether the connection has been ended for good (aborted, unmounted by force): no server can serve it any more.
+pub(super) fn is_over(device: &FuseDevice) -> bool {
+    let mut watched = [Watched::readable(device)];
+    poll(&mut watched, Some(Duration::ZERO))
+        .is_ok_and(|_| watched.iter().any(|w| w.readiness == Readiness::HungUp))
 }
 
 /// Removes symlink, socket and mount point.

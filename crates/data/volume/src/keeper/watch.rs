@@ -1,7 +1,7 @@
 //! When a server is started again, and when a living one is taken for hung.
 
-use crate::inherited::Role;
-use blktide_format::shared::{Shape, control, queue};
+use crate::start::Role;
+use blktide_format::shared::{Shape, queue};
 use blktide_sys::mapping::Mapping;
 use blktide_sys::process::Exit;
 use blktide_types::clock::Instant;
@@ -41,7 +41,7 @@ impl Deaths {
         let role = if self.in_row > DEATHS_MAX {
             Role::PassThrough
         } else {
-            Role::Successor
+            Role::Takeover
         };
         let beyond = self.in_row.saturating_sub(DEATHS_MAX + 2);
         let pause =
@@ -99,16 +99,12 @@ impl Hung {
     }
 }
 
-/// How a server ended, in words: what it logged last, if that is there.
-pub(super) fn last_words(memory: &Mapping, exit: Exit) -> String {
-    let how = match exit {
+/// How a server ended, in words.
+pub(super) fn how(exit: Exit) -> String {
+    match exit {
         Exit::Code(code) => format!("exit code {code}"),
         Exit::Signal(signal) => format!("signal {signal}"),
         Exit::Unknown => "it is gone".to_owned(),
-    };
-    match load(memory, control::FAILURE) {
-        0 => how,
-        failure => format!("{how}, failure {failure}"),
     }
 }
 
@@ -126,7 +122,7 @@ mod tests {
             assert_eq!(
                 deaths.count(Duration::ZERO, false),
                 Step {
-                    role: Role::Successor,
+                    role: Role::Takeover,
                     pause: None
                 }
             );
@@ -145,7 +141,7 @@ mod tests {
         );
         assert_eq!(
             deaths.count(Duration::ZERO, true).role,
-            Role::Successor,
+            Role::Takeover,
             "progress counts"
         );
         assert_eq!(deaths.in_row(), 1);
@@ -153,7 +149,7 @@ mod tests {
             assert_eq!(
                 deaths.count(LIFE_MIN, false),
                 Step {
-                    role: Role::Successor,
+                    role: Role::Takeover,
                     pause: None
                 },
                 "so does a life"
