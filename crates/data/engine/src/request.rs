@@ -677,3 +677,7 @@ fn piece_end(
         }
     }
 }
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests;

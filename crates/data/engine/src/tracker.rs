@@ -279,3 +279,7 @@ pub(crate) fn halves(name: GenerationName) -> [u64; 2] {
 pub(crate) fn name_of(low: u64, high: u64) -> GenerationName {
     GenerationName((u128::from(high) << 64 | u128::from(low)).to_le_bytes())
 }
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests;
