@@ -163,29 +163,27 @@ fn examples(tally: &mut Tally) {
     tally.add("examples in the documentation", tool.run());
 }
 
-/// The engine's atomics under every order of a small world.
+/// The engine's atomics under every order of a small world: the same code, built with loom's.
 fn loom(wanted: &Wanted, tally: &mut Tally) {
-    let folder = Path::new("crates/data/engine/tests");
-    let models = fs::read_dir(folder).into_iter().flatten().flatten();
-    let names: Vec<String> = models
-        .map(|e| source::stem(&e.path()))
-        .filter(|n| n.starts_with("loom") && wanted.names("loom", n))
-        .collect();
-    if names.is_empty() {
+    if !wanted.names("loom", "worlds") {
         return;
     }
     let target = build::target_folder().join("loom").display().to_string();
-    let mut words = vec!["--release", "-p", "blktide-engine"];
-    for name in &names {
-        words.extend(["--test", name]);
-    }
     let environment = [
         ("RUSTFLAGS", "--cfg loom"),
         ("CARGO_TARGET_DIR", target.as_str()),
     ];
-    match build::tests(&words, &environment) {
-        Ok(programs) => run_each(wanted, &programs, tally),
-        Err(error) => tally.failed("loom models", &format!("{error:#}")),
+    let words = ["--release", "-p", "blktide-engine", "--lib"];
+    let programs = match build::tests(&words, &environment) {
+        Ok(programs) => programs,
+        Err(error) => return tally.failed("loom models", &format!("{error:#}")),
+    };
+    for program in &programs {
+        let tool = Tool::new(&program.path)
+            .arg("worlds")
+            .folder(&program.folder)
+            .limit(wanted.limit(UNIT_LIMIT));
+        tally.add("loom models", tool.run());
     }
 }
 
