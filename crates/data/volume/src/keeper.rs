@@ -117,7 +117,7 @@ impl Keeper {
         let made = Self::over(start, inherited);
         let mut keeper = made.inspect_err(|_| setup::take_down(options))?;
         let begun = keeper
-            .start(Role::First)
+            .start(Role::First, SystemClock.now())
             .and_then(|()| setup::Attaching::start(options, &shape));
         keeper.attaching = Some(begun.inspect_err(|_| keeper.give_up())?);
         Ok(keeper)
@@ -224,8 +224,8 @@ impl Keeper {
         }
     }
 
-    /// Starts a server; the one before must be dead.
-    fn start(&mut self, role: Role) -> Result<(), VolumeError> {
+    /// Starts a server; the one before must be dead. The volume stands still `since` then.
+    fn start(&mut self, role: Role, since: Instant) -> Result<(), VolumeError> {
         let fail = |e: blktide_sys::SysError| self.io("start a server of", io::Error::other(e));
         let own = PidFd::of_self().map_err(fail)?;
         let list = self.inherited.descriptors(&own).into_iter();
@@ -240,7 +240,7 @@ impl Keeper {
             control::STARTS,
             self.word(control::STARTS).saturating_add(1),
         );
-        self.set_word(control::STARTED_AT, SystemClock.now().0);
+        self.set_word(control::STARTED_AT, since.0);
         let started = launch(&Launch {
             program: &self.inherited.program,
             arguments: &arguments,
@@ -372,7 +372,7 @@ impl Keeper {
         if let Some(time) = step.pause {
             pause(time).map_err(|e| self.io("wait for", e))?;
         }
-        while let Err(e) = self.start(step.role) {
+        while let Err(e) = self.start(step.role, seen) {
             // Out of processes or memory: the volume stands still until this succeeds.
             self.say(&format!("cannot start a server, trying again: {e}"));
             pause(LOOK).map_err(|e| self.io("wait for", e))?;
