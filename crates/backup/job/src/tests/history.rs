@@ -11,7 +11,8 @@ use blktide_types::reason::Reason;
 use std::sync::Arc;
 
 fn sized(numbers: &mut Numbers, block: u32) -> u64 {
-    u64::from(block) * (1 + numbers.below(150)) + 512 * numbers.below(u64::from(block) / 512)
+    let blocks = 1 + numbers.below((6 << 20) / u64::from(block)).min(300);
+    u64::from(block) * blocks + 512 * numbers.below(u64::from(block) / 512)
 }
 
 /// Some writes of all sorts.

@@ -19,9 +19,9 @@ use std::sync::Arc;
 /// 64 blocks of noise, a long run of zeroes, 30 more of noise, a short last block.
 fn world(seed: Seed, block: u32) -> (Place, Arc<SimVolume>) {
     let size = block as usize;
-    let volume = SimVolume::new(size as u64 * 2000 + 1536, block);
+    let volume = SimVolume::new(size as u64 * 600 + 1536, block);
     volume.write(0, &noise(size * 64, seed));
-    volume.write(size * 1970, &noise(size * 30 + 1536, seed.nth(1)));
+    volume.write(size * 570, &noise(size * 30 + 1536, seed.nth(1)));
     let mut place = Place::in_memory(seed);
     back_up(&mut place, &volume, &environment(seed)).unwrap();
     (place, volume)
@@ -110,7 +110,7 @@ fn only_what_differs_is_written() {
         let mut differing = volume.bytes();
         let size = block as usize;
         let last = differing.len() - 1;
-        for at in [size * 40, size * 999, last] {
+        for at in [size * 40, size * 399, last] {
             differing[at] ^= 1;
         }
         for (before, blocks) in [(volume.bytes(), 0), (differing, 3)] {

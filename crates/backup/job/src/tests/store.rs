@@ -78,6 +78,12 @@ impl Faults {
         *self.plan.lock().unwrap() = Plan::default();
     }
 
+    /// Waits until a fault has been met.
+    pub(super) fn wait_for_hit(&self) {
+        let plan = self.plan.lock().unwrap();
+        drop(self.woken.wait_while(plan, |plan| plan.hits == 0).unwrap());
+    }
+
     /// No more faults; the operations so far, and whether a fault was met.
     pub(super) fn end(&self) -> (u64, bool) {
         let mut plan = self.plan.lock().unwrap();
@@ -103,6 +109,7 @@ impl Faults {
             .at
             .filter(|(n, _, for_ever)| *n == now || (*for_ever && now > *n))?;
         plan.hits += 1;
+        self.woken.notify_all();
         if fault == Fault::Hang {
             let _released = self.woken.wait_while(plan, |plan| !plan.released).unwrap();
         }
