@@ -188,6 +188,11 @@ impl ReadOnlyMapping {
         self.0.len / 8
     }
 
+    /// All words, to be loaded. A store would fault: this process cannot write there.
+    pub fn words(&self) -> &[AtomicU64] {
+        self.0.words()
+    }
+
     /// The word at `index`; `None` past the end.
     pub fn load(&self, index: usize, order: Ordering) -> Option<u64> {
         self.0.words().get(index).map(|w| w.load(order))
@@ -210,6 +215,14 @@ impl ReadOnlyMapping {
 pub fn lock_all() -> io::Result<()> {
     Ok(mlockall(
         MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE,
+    )?)
+}
+
+/// Locks what this process has touched and will touch, page by page: large sparse mappings stay sparse.
+pub fn lock_all_when_touched() -> io::Result<()> {
+    let touched = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
+    Ok(mlockall(
+        MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | touched,
     )?)
 }
 

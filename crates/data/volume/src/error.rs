@@ -72,6 +72,21 @@ pub enum VolumeError {
         /// Why not.
         source: io::Error,
     },
+    /// The backing device refused.
+    #[error("the backing device cannot be served")]
+    Device {
+        /// Why.
+        source: blktide_device::DeviceError,
+    },
+    /// The engine refused.
+    #[error("the tracker refused")]
+    Engine {
+        /// Why.
+        source: blktide_engine::EngineError,
+    },
+    /// The connection to the kernel ended without a detach: the node's users get errors.
+    #[error("the frontend is gone without a detach")]
+    FrontendGone,
     /// The server ended before the volume was attached.
     #[error("the server of volume {name} ended before the volume was attached: {why}")]
     ServerEnded {
@@ -95,8 +110,6 @@ pub enum Refusal {
     SnapshotExists,
     /// No such snapshot, or it is another connection's.
     NoSnapshot,
-    /// The hold is over.
-    HoldExpired,
     /// The save area would lie on the tracked volume.
     SaveAreaOnVolume,
     /// The save area cannot be made.

@@ -8,14 +8,26 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod bitmap;
 pub mod client;
+mod detach;
 pub mod error;
-pub mod inherited;
+mod inherited;
 pub mod keeper;
+mod log;
+mod memory;
 pub mod message;
 pub mod options;
+mod preserves;
+mod save_area;
 pub mod server;
+mod serving;
 pub mod snapshot_reader;
+mod snapshotting;
+mod start;
+mod transport;
+mod verbs;
+mod worker;
 
 pub use client::VolumeClient;
 pub use error::VolumeError;

@@ -32,11 +32,6 @@ pub enum Request {
     /// Opens a generation and a snapshot at one instant (P3). Reply: `Snapshot`, with the descriptors of [`SnapshotBegun`].
     /// With `absent = Listed` one descriptor comes along: a sealed memfd of the bitmap, words in host order.
     SnapshotBegin(SnapshotRequest),
-    /// Drops from the snapshot all that is not in the memfd that comes along (P10). Reply: `Done`.
-    SnapshotShrink {
-        /// Which.
-        snapshot: Text<SnapshotId>,
-    },
     /// Ends the snapshot of this connection. Reply: `SnapshotEnded`.
     SnapshotEnd {
         /// Which.
@@ -44,26 +39,23 @@ pub enum Request {
     },
     /// Revokes whatever snapshot there is. Reply: `Done`.
     Cancel,
-    /// Gate set and queues silent, for at most this long. Reply: `Held`.
-    Hold {
-        /// Milliseconds until it ends by itself.
-        deadline_ms: u64,
+    /// A full image was committed, and its instant opened this generation: what a distrust forgot is covered. Reply: `Done`.
+    Trust {
+        /// From `Snapshot`.
+        generation: Text<GenerationName>,
     },
-    /// Swaps, under the hold. Reply: `Snapshot` if `snapshot` is given, else `Done`.
-    Commit {
-        /// From `Held`.
-        hold: u64,
-    },
-    /// Gives the hold up. Reply: `Done`.
-    Release {
-        /// From `Held`.
-        hold: u64,
+    /// These blocks could not be read for the image: they count as changed (P10). Reply: `Done`.
+    Unreadable {
+        /// First block.
+        first: u64,
+        /// Number of blocks.
+        count: u64,
     },
     /// Everything of ours in shared memory is where it must be for a power cut. Reply: `Done`.
     Flush,
     /// Takes the volume out of the path and stores its bitmap. Reply: `Done` after the bitmap file is durable, `Error` `in-use` naming by whom.
     Detach,
-    /// Hands all descriptors to a new keeper. Reply: `Adopted`.
+    /// Hands all descriptors to a new keeper, whose own (pidfd) comes along. Reply: `Adopted`.
     Adopt,
 }
 
@@ -86,12 +78,7 @@ pub enum Reply {
     Snapshot(Box<SnapshotBegun>),
     /// A snapshot has ended.
     SnapshotEnded(SnapshotFigures),
-    /// The queues are silent.
-    Held {
-        /// For `commit` and `release`.
-        hold: u64,
-    },
-    /// The descriptors, in the order of `Inherited`.
+    /// All that outlives servers, and last the server's own descriptor.
     Adopted {
         /// The server's process id.
         pid: u32,
@@ -187,8 +174,8 @@ pub enum Overflow {
     Wait,
 }
 
-/// A snapshot that has begun. Descriptors beside it, in this order: states (read-write), wanted (read-only), index (read-only), save area (read-only), backing
-/// device (`O_RDONLY`, direct).
+/// A snapshot that has begun. Descriptors beside it, in this order: control and banks (read-only), states (read-write), index and wanted (read-only), save area
+/// (read-only), backing device (`O_RDONLY`, direct).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotBegun {
     /// Its id.
@@ -214,7 +201,13 @@ pub struct SnapshotBegun {
     /// Bytes.
     pub physical_sector_bytes: u32,
     /// Save slots.
-    pub slots: u64,
+    pub slots: u32,
+    /// Its number in the shared memory.
+    pub sequence: u64,
+    /// Number of the generation that opened, for people.
+    pub counter: u64,
+    /// Bank that the instant closed.
+    pub closed_bank: usize,
 }
 
 /// What a snapshot has cost.
@@ -226,8 +219,6 @@ pub struct SnapshotFigures {
     pub preserved_bytes: u64,
     /// Longest that one write was delayed for it, nanoseconds.
     pub longest_wait_ns: u64,
-    /// Writes that had to wait for a save slot.
-    pub waits: u64,
 }
 
 /// Why no bitmap is believed.

@@ -1,0 +1,139 @@
+//! Taking the volume out of the path, and storing its bitmap (P4).
+//!
+//! ```text
+//! asked ─▶ node open? refused ─▶ loop cleared, unbound ─▶ closing = cleared ─▶ FUSE unmounted ─▶ queues end ─▶
+//!   bitmap file durable ─▶ marker closed ─▶ ended = clean ─▶ answered
+//! ```
+//! **Invariant**: the bitmap is stored only after the frontend is gone with no opener left, and while the fence is ours.
+
+use crate::bitmap;
+use crate::error::{Refusal, VolumeError};
+use crate::message::Reply;
+use crate::save_area::chain;
+use crate::server::io_error;
+use crate::serving::{Flow, Server};
+use crate::start::word;
+use blktide_format::shared::control;
+use blktide_sys::clock::SystemClock;
+use blktide_sys::loopdev::LoopDevice;
+use blktide_sys::{Errno, event, fuse, mounts};
+use blktide_types::clock::Clock;
+use blktide_types::io::RevokeCause;
+use std::time::Duration;
+
+/// How long the kernel may take to let go of the loop device or the mount.
+const LET_GO: Duration = Duration::from_secs(10);
+
+impl Server {
+    pub(crate) fn detach(&mut self, id: u64) -> Result<Flow, VolumeError> {
+        if self.engine.word(control::STATE) == word::ATTACHING {
+            let why = "the volume is just being attached; try again";
+            self.refuse(id, Refusal::Busy, why);
+            return Ok(Flow::GoOn);
+        }
+        if let Some(device) = self.loop_device().filter(LoopDevice::is_bound)
+            && let Some(who) = who_uses(&device)
+        {
+            let why = format!("{} is in use: {who}", self.start.options.node().display());
+            self.refuse(id, Refusal::InUse, &why);
+            return Ok(Flow::GoOn);
+        }
+        self.abandon_pending();
+        self.tracker.revoke(RevokeCause::Detached);
+        self.end_snapshot();
+        let was = self.engine.word(control::STATE);
+        self.engine.set_word(control::STATE, word::DETACHING);
+        if let Err(why) = self.take_out() {
+            self.engine.set_word(control::CLOSING, 0);
+            self.engine.set_word(control::STATE, was);
+            self.refuse(id, Refusal::InUse, &why);
+            return Ok(Flow::GoOn);
+        }
+        self.close_life(id)
+    }
+
+    /// Clears the loop device and unmounts; words of what is in the way otherwise.
+    fn take_out(&self) -> Result<(), String> {
+        if let Some(device) = self.loop_device() {
+            device.clear().map_err(|e| chain(&e))?;
+            let deadline = SystemClock.now().after(LET_GO);
+            let unbound = device.wait_unbound(&SystemClock, deadline);
+            if !unbound.map_err(|e| chain(&e))? {
+                return Err("the kernel still holds the loop device".to_owned());
+            }
+            self.engine.set_word(control::LOOP_NUMBER, 0);
+        }
+        self.engine.set_word(control::CLOSING, word::CLEARED);
+        let at = self.start.options.mount_point();
+        let deadline = SystemClock.now().after(LET_GO);
+        loop {
+            match fuse::unmount(&at, false) {
+                Ok(()) => return Ok(()),
+                Err(_) if matches!(mounts::at(&at), Ok(None)) => return Ok(()),
+                Err(e) if e.errno() != Some(Errno::BUSY) || SystemClock.now() >= deadline => {
+                    return Err(chain(&e));
+                }
+                // The kernel closes the loop device's file a moment after it is unbound, and tells nobody.
+                Err(_) => event::pause(Duration::from_millis(5)).map_err(|e| e.to_string())?,
+            }
+        }
+    }
+
+    /// The frontend is gone: stores the bitmap, and answers.
+    fn close_life(&mut self, id: u64) -> Result<Flow, VolumeError> {
+        let mut clean = true;
+        for thread in self.queues.threads.drain(..) {
+            clean &= matches!(thread.join(), Ok(Ok(())));
+        }
+        let stored = if clean {
+            bitmap::close(&self.start, &self.backing, &self.life, &self.tracker)
+        } else {
+            Err(io_error("end the queues", std::io::ErrorKind::Other.into()))
+        };
+        if let Err(e) = &stored {
+            // The marker says 'open': the next life knows.
+            self.say(&format!("server: the bitmap was not stored: {}", chain(e)));
+        }
+        self.engine.set_word(control::ENDED, word::CLEAN);
+        self.reply(id, &Reply::Done);
+        Ok(Flow::Ended)
+    }
+}
+
+/// Who has the node open, mounted or claimed.
+fn who_uses(device: &LoopDevice) -> Option<String> {
+    let deadline = SystemClock.now().after(Duration::from_millis(500));
+    loop {
+        let found = users_of(device);
+        if found.is_none() || SystemClock.now() >= deadline {
+            return found;
+        }
+        // udev and blkid look at a device for a moment after each close.
+        if event::pause(Duration::from_millis(20)).is_err() {
+            return found;
+        }
+    }
+}
+
+fn users_of(device: &LoopDevice) -> Option<String> {
+    let block = device.block_device().ok()?;
+    if let Some(mount) = block.mounts().ok()?.first() {
+        return Some(format!("mounted at {}", mount.at.display()));
+    }
+    if let Some(holder) = block.holders().ok()?.first() {
+        return Some(format!("{holder} is built on it"));
+    }
+    if block.is_swap().unwrap_or(false) {
+        return Some("it is used as swap".to_owned());
+    }
+    if let Some(opener) = block.openers().first() {
+        return Some(format!(
+            "process {} ({}) has it open",
+            opener.pid, opener.name
+        ));
+    }
+    match blktide_sys::blockdev::is_unclaimed(&device.node()) {
+        Ok(false) => Some("something in the kernel has claimed it".to_owned()),
+        Ok(true) | Err(_) => None,
+    }
+}
