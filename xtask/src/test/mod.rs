@@ -1,7 +1,7 @@
 //! `cargo xtask test`: all tests that this machine can run, each with a limit of time, and what is left behind counted.
 //!
 //! ```text
-//!  programs (release, static) → unit and model tests → examples in the docs → loom models → end to end, by need
+//!  unit and model tests → examples in the docs → loom models → programs (release, static) → end to end, by need
 //! ```
 //! **Invariant**: a test that did not run is named, with the reason; a test that left something behind has failed.
 
@@ -104,18 +104,12 @@ pub fn run(wanted: &Wanted) -> Result<ExitCode> {
     }
     let watch = Stopwatch::start();
     let mut tally = Tally::default();
-    let programs = build::programs();
-    if let Err(error) = &programs {
-        tally.failed("programs", &format!("{error:#}"));
-    }
     unit(wanted, &mut tally);
     if wanted.only.is_none() {
         examples(&mut tally);
     }
     loom(wanted, &mut tally);
-    if let Ok(folder) = programs {
-        end_to_end(wanted, &folder, &mut tally)?;
-    }
+    end_to_end(wanted, &mut tally)?;
     println!("{:.0} s in all", watch.seconds());
     Ok(tally.close())
 }
@@ -188,7 +182,7 @@ fn loom(wanted: &Wanted, tally: &mut Tally) {
 }
 
 /// The tests by real processes, each if this machine has what it needs.
-fn end_to_end(wanted: &Wanted, folder: &Path, tally: &mut Tally) -> Result<()> {
+fn end_to_end(wanted: &Wanted, tally: &mut Tally) -> Result<()> {
     let mut able = Vec::new();
     for path in source::end_to_end()? {
         let name = source::stem(&path);
@@ -210,6 +204,13 @@ fn end_to_end(wanted: &Wanted, folder: &Path, tally: &mut Tally) -> Result<()> {
     if able.is_empty() {
         return Ok(());
     }
+    let folder = match build::programs() {
+        Ok(folder) => folder,
+        Err(error) => {
+            tally.failed("programs", &format!("{error:#}"));
+            return Ok(());
+        }
+    };
     let mut words = vec!["-p", "blktide-tests"];
     for (name, _) in &able {
         words.extend(["--test", name]);
@@ -223,7 +224,7 @@ fn end_to_end(wanted: &Wanted, folder: &Path, tally: &mut Tally) -> Result<()> {
     };
     for (name, header) in &able {
         match programs.iter().find(|p| &p.target == name) {
-            Some(program) => one(wanted, program, header, folder, tally),
+            Some(program) => one(wanted, program, header, &folder, tally),
             None => tally.failed(name, "cargo built no such program"),
         }
     }
