@@ -187,6 +187,19 @@ impl Control {
         detail: &str,
         fresh: GenerationName,
     ) {
+        self.remember_distrust((reason, wall), detail);
+        let leans = self.living.as_ref().is_some_and(|l| l.base_resolved);
+        if leans || reason != Reason::TrackerSuspect {
+            self.revoke(RevokeCause::Distrusted);
+        }
+        if !broken(Break::DistrustKeepsNames) {
+            self.forget_names(wall, fresh);
+        }
+    }
+
+    /// Says that the tracker is distrusted, and since when, and forgets nothing: a full image was owed when the last life
+    /// ended, and still is.
+    pub fn remember_distrust(&self, (reason, wall): (Reason, WallTime), detail: &str) {
         let head = &self.engine.inner.head;
         let count = head.load(control::DISTRUST, Ordering::Relaxed) >> 8;
         for (i, chunk) in detail.as_bytes().chunks(8).enumerate().take(15) {
@@ -205,13 +218,6 @@ impl Control {
         );
         let word = count.saturating_add(1) << 8 | u64::from(reason.number());
         head.store(control::DISTRUST, word, Ordering::SeqCst);
-        let leans = self.living.as_ref().is_some_and(|l| l.base_resolved);
-        if leans || reason != Reason::TrackerSuspect {
-            self.revoke(RevokeCause::Distrusted);
-        }
-        if !broken(Break::DistrustKeepsNames) {
-            self.forget_names(wall, fresh);
-        }
     }
 
     /// An image that leans on nothing was committed, and its instant opened `name`: if that is known, nothing has been
