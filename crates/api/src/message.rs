@@ -185,6 +185,9 @@ pub struct SummaryDocument {
     /// Why it is not incremental, in words with its evidence.
     #[serde(default)]
     pub reason_text: Option<String>,
+    /// The configured save area would have lain on the volume itself, and memory was taken instead.
+    #[serde(default)]
+    pub save_area_in_memory: bool,
 }
 
 /// `backup --dry-run`.
