@@ -14,6 +14,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+/// `O_NOFOLLOW`, for `OpenOptions::custom_flags`: a symlink in the last place of a path is refused.
+pub const NO_FOLLOW: i32 = libc::O_NOFOLLOW;
+
 /// What came of a creation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Created {

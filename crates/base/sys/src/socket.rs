@@ -75,6 +75,11 @@ impl PacketListener {
         Self(fd)
     }
 
+    /// Another handle of the same socket.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self(self.0.try_clone()?))
+    }
+
     /// The next connection, if one waits. The connection is blocking.
     pub fn accept(&self) -> io::Result<Option<PacketSocket>> {
         match retry(|| Ok(accept4(self.0.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?)) {

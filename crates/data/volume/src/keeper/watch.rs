@@ -169,7 +169,7 @@ mod tests {
     fn only_what_stands_still_with_nothing_outstanding_hangs() {
         let (memory, shape) = memory();
         let at = |s: u64| Instant(s * 1_000_000_000);
-        let set = |word, value| {
+        let set = |word: usize, value: u64| {
             for q in 0..shape.queues {
                 memory.words()[shape.queue(q) + word].store(value, Ordering::SeqCst);
             }
