@@ -5,24 +5,30 @@ use crate::message::{Distrust, Hint, Reply, Request, SnapshotRequest, Text, Volu
 use crate::options::volume_socket;
 use crate::snapshot_reader::SnapshotReader;
 use crate::transport::{self, Incoming};
+use blktide_sys::clock::SystemClock;
+use blktide_sys::event;
 use blktide_sys::memfd::Memfd;
 use blktide_sys::process::PidFd;
 use blktide_sys::socket::PacketSocket;
+use blktide_types::clock::Clock;
 use blktide_types::id::GenerationName;
 use blktide_types::set::BlockSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Longest that a detach may take: it waits for the loop device's writes and for the bitmap file.
 const DETACH_LIMIT: Duration = Duration::from_secs(120);
+/// Longest that a keeper may take to end after its server.
+const KEEPER_LIMIT: Duration = Duration::from_secs(10);
 
 /// A connection to the server of one volume. Each call waits for its reply, at most for the connection's limit.
 #[derive(Debug)]
 pub struct VolumeClient {
     name: String,
     limit: Duration,
+    path: PathBuf,
     socket: PacketSocket,
 }
 
@@ -35,21 +41,24 @@ impl VolumeClient {
             name: name.to_owned(),
             source,
         };
-        let socket = PacketSocket::connect(&volume_socket(runtime_dir, name))
-            .map_err(|e| absent(io::Error::other(e)))?;
+        let path = volume_socket(runtime_dir, name);
+        let socket = PacketSocket::connect(&path).map_err(|e| absent(io::Error::other(e)))?;
         socket.set_time_limit(Some(limit)).map_err(absent)?;
         Ok(Self {
             name: name.to_owned(),
             limit,
+            path,
             socket,
         })
     }
 
     /// Facts. The server answers from memory: it touches no device.
     pub fn status(&mut self) -> Result<VolumeStatus, VolumeError> {
-        match self.call(&Request::Status, &[])?.0 {
-            Reply::Status(status) => Ok(*status),
-            other => Err(self.unexpected(other)),
+        let reply = self.call(&Request::Status, &[])?.0;
+        if let Reply::Status(status) = reply {
+            Ok(*status)
+        } else {
+            Err(self.unexpected(reply))
         }
     }
 
@@ -61,12 +70,15 @@ impl VolumeClient {
         let request = Request::ChangedSince {
             generations: generations.iter().copied().map(Text).collect(),
         };
-        match self.call(&request, &[])?.0 {
-            Reply::ChangedSince {
-                changed_bytes,
-                distrust,
-            } if changed_bytes.len() == generations.len() => Ok((changed_bytes, distrust)),
-            other => Err(self.unexpected(other)),
+        let reply = self.call(&request, &[])?.0;
+        if let Reply::ChangedSince {
+            changed_bytes,
+            distrust,
+        } = reply
+        {
+            Ok((changed_bytes, distrust))
+        } else {
+            Err(self.unexpected(reply))
         }
     }
 
@@ -96,9 +108,10 @@ impl VolumeClient {
                 })?;
         let beside: Vec<BorrowedFd<'_>> = sealed.iter().map(AsFd::as_fd).collect();
         let (reply, descriptors) = self.call(&Request::SnapshotBegin(request.clone()), &beside)?;
-        match reply {
-            Reply::Snapshot(begun) => SnapshotReader::new(self, *begun, descriptors),
-            other => Err(self.unexpected(other)),
+        if let Reply::Snapshot(begun) = reply {
+            SnapshotReader::new(self, *begun, descriptors)
+        } else {
+            Err(self.unexpected(reply))
         }
     }
 
@@ -121,7 +134,7 @@ impl VolumeClient {
         self.done(&Request::Flush)
     }
 
-    /// Takes the volume out of the path, stores its bitmap, and returns when the server has ended.
+    /// Takes the volume out of the path, stores its bitmap, and returns when server and keeper have ended.
     ///
     /// Errors: `Refused` with `in-use`: the message says by whom; nothing has changed.
     pub fn detach(mut self) -> Result<(), VolumeError> {
@@ -131,24 +144,42 @@ impl VolumeClient {
         self.done(&Request::Detach)?;
         // The server's end closes the connection.
         match transport::receive::<Reply>(&self.socket).map_err(|e| self.failed(e))? {
-            Incoming::Closed => Ok(()),
+            Incoming::Closed => self.keeper_gone(),
             Incoming::Message(..) | Incoming::Garbage => Err(self.protocol()),
         }
     }
 
+    /// Waits until the keeper has tidied up: the socket's name goes last.
+    fn keeper_gone(&self) -> Result<(), VolumeError> {
+        let deadline = SystemClock.now().after(KEEPER_LIMIT);
+        while self.path.exists() {
+            if SystemClock.now() >= deadline {
+                let limit = KEEPER_LIMIT;
+                let name = self.name.clone();
+                return Err(VolumeError::NoAnswer { name, limit });
+            }
+            event::pause(Duration::from_millis(2)).map_err(|e| self.failed(e))?;
+        }
+        Ok(())
+    }
+
     /// Asks for all descriptors, as a new keeper; `own` is this process. In the order of `Inherited`.
     pub(crate) fn adopt(&mut self, own: &PidFd) -> Result<Vec<OwnedFd>, VolumeError> {
-        match self.call(&Request::Adopt, &[own.as_fd()])? {
-            (Reply::Adopted { .. }, descriptors) => Ok(descriptors),
-            (other, _) => Err(self.unexpected(other)),
+        let (reply, descriptors) = self.call(&Request::Adopt, &[own.as_fd()])?;
+        if matches!(reply, Reply::Adopted { .. }) {
+            Ok(descriptors)
+        } else {
+            Err(self.unexpected(reply))
         }
     }
 
     /// Asks for something whose only answer is that it was done.
     pub(crate) fn done(&mut self, request: &Request) -> Result<(), VolumeError> {
-        match self.call(request, &[])?.0 {
-            Reply::Done => Ok(()),
-            other => Err(self.unexpected(other)),
+        let reply = self.call(request, &[])?.0;
+        if reply == Reply::Done {
+            Ok(())
+        } else {
+            Err(self.unexpected(reply))
         }
     }
 

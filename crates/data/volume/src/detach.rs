@@ -7,7 +7,7 @@
 //! **Invariant**: the bitmap is stored only after the frontend is gone with no opener left, and while the fence is ours.
 
 use crate::bitmap;
-use crate::error::{Refusal, VolumeError};
+use crate::error::Refusal;
 use crate::message::Reply;
 use crate::save_area::chain;
 use crate::server::io_error;
@@ -25,18 +25,18 @@ use std::time::Duration;
 const LET_GO: Duration = Duration::from_secs(10);
 
 impl Server {
-    pub(crate) fn detach(&mut self, id: u64) -> Result<Flow, VolumeError> {
+    pub(crate) fn detach(&mut self, id: u64) -> Flow {
         if self.engine.word(control::STATE) == word::ATTACHING {
             let why = "the volume is just being attached; try again";
             self.refuse(id, Refusal::Busy, why);
-            return Ok(Flow::GoOn);
+            return Flow::GoOn;
         }
         if let Some(device) = self.loop_device().filter(LoopDevice::is_bound)
-            && let Some(who) = who_uses(&device)
+            && let Some(who) = who_uses(device)
         {
             let why = format!("{} is in use: {who}", self.start.options.node().display());
             self.refuse(id, Refusal::InUse, &why);
-            return Ok(Flow::GoOn);
+            return Flow::GoOn;
         }
         self.abandon_pending();
         self.tracker.revoke(RevokeCause::Detached);
@@ -47,9 +47,11 @@ impl Server {
             self.engine.set_word(control::CLOSING, 0);
             self.engine.set_word(control::STATE, was);
             self.refuse(id, Refusal::InUse, &why);
-            return Ok(Flow::GoOn);
+            return Flow::GoOn;
         }
-        self.close_life(id)
+        self.store_bitmap();
+        self.reply(id, &Reply::Done);
+        Flow::Ended
     }
 
     /// Clears the loop device and unmounts; words of what is in the way otherwise.
@@ -79,14 +81,16 @@ impl Server {
         }
     }
 
-    /// The frontend is gone: stores the bitmap, and answers.
-    fn close_life(&mut self, id: u64) -> Result<Flow, VolumeError> {
+    /// Waits for the queues' ends, stores the bitmap, says that this server ended cleanly. Also what a successor does that
+    /// finds the volume closed.
+    pub(crate) fn store_bitmap(&mut self) {
         let mut clean = true;
         for thread in self.queues.threads.drain(..) {
             clean &= matches!(thread.join(), Ok(Ok(())));
         }
+        let (start, backing, engine) = (&self.start, &self.backing, &self.engine);
         let stored = if clean {
-            bitmap::close(&self.start, &self.backing, &self.life, &self.tracker)
+            bitmap::close(start, backing, engine, &self.tracker, self.life)
         } else {
             Err(io_error("end the queues", std::io::ErrorKind::Other.into()))
         };
@@ -95,13 +99,11 @@ impl Server {
             self.say(&format!("server: the bitmap was not stored: {}", chain(e)));
         }
         self.engine.set_word(control::ENDED, word::CLEAN);
-        self.reply(id, &Reply::Done);
-        Ok(Flow::Ended)
     }
 }
 
 /// Who has the node open, mounted or claimed.
-fn who_uses(device: &LoopDevice) -> Option<String> {
+fn who_uses(device: LoopDevice) -> Option<String> {
     let deadline = SystemClock.now().after(Duration::from_millis(500));
     loop {
         let found = users_of(device);
@@ -115,7 +117,7 @@ fn who_uses(device: &LoopDevice) -> Option<String> {
     }
 }
 
-fn users_of(device: &LoopDevice) -> Option<String> {
+fn users_of(device: LoopDevice) -> Option<String> {
     let block = device.block_device().ok()?;
     if let Some(mount) = block.mounts().ok()?.first() {
         return Some(format!("mounted at {}", mount.at.display()));

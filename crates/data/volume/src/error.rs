@@ -84,6 +84,12 @@ pub enum VolumeError {
         /// Why.
         source: blktide_engine::EngineError,
     },
+    /// The bitmap could not be handed over. Nothing is served.
+    #[error("the volume's bitmap could not be taken over")]
+    Handover {
+        /// Why.
+        source: blktide_engine::handover::HandoverError,
+    },
     /// The connection to the kernel ended without a detach: the node's users get errors.
     #[error("the frontend is gone without a detach")]
     FrontendGone,

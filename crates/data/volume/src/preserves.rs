@@ -8,7 +8,7 @@
 
 use crate::memory::SharedMemory;
 use crate::save_area::SaveFile;
-use blktide_device::{DeviceError, TransferKind};
+use blktide_device::DeviceError;
 use blktide_device::{Target, Transfer, Transfers};
 use blktide_engine::state::SaveSlot;
 use blktide_engine::{Outcome, Snapshot, Ticket};
@@ -99,12 +99,11 @@ impl Preserves {
     /// Starts one; says at once if that is not possible.
     pub(crate) fn start(&mut self, transfers: &mut Transfers, copy: Copy) -> Option<Copied> {
         self.count = self.count.saturating_add(1);
-        match self.moving.iter().position(Option::is_none) {
-            Some(buffer) => self.read(transfers, buffer, copy),
-            None => {
-                self.queued.push_back(copy);
-                None
-            }
+        if let Some(buffer) = self.moving.iter().position(Option::is_none) {
+            self.read(transfers, buffer, copy)
+        } else {
+            self.queued.push_back(copy);
+            None
         }
     }
 
@@ -123,12 +122,11 @@ impl Preserves {
             (Err(_), false) => Outcome::Unreadable,
             (Err(e), true) => save_outcome(&e),
         };
-        let copied = self.over(moving.copy, over);
+        let copied = self.over(&moving.copy, over);
         while let Some(copy) = self.queued.pop_front() {
-            match self.read(transfers, buffer, copy) {
-                None => break,
-                // Its request hears of it by its deadline: it is the ring that is broken.
-                Some(_) => continue,
+            // One that cannot be started is heard of by its request's deadline: it is the ring that is broken.
+            if self.read(transfers, buffer, copy).is_none() {
+                break;
             }
         }
         Some(copied)
@@ -150,7 +148,7 @@ impl Preserves {
 
     fn read(&mut self, transfers: &mut Transfers, buffer: usize, copy: Copy) -> Option<Copied> {
         let Some(file) = self.file(transfers, &copy.snapshot) else {
-            return Some(self.over(copy, Outcome::SaveAreaFailed));
+            return Some(self.over(&copy, Outcome::SaveAreaFailed));
         };
         let range = self.range(buffer, copy.len);
         let transfer = range.map(|to| Transfer::Read {
@@ -160,7 +158,7 @@ impl Preserves {
         let token = self.token(buffer);
         let started = transfer.map(|t| transfers.start(token, Target::Backing, t));
         if !matches!(started, Some(Ok(()))) {
-            return Some(self.over(copy, Outcome::Unreadable));
+            return Some(self.over(&copy, Outcome::Unreadable));
         }
         if let Some(place) = self.moving.get_mut(buffer) {
             *place = Some(Moving {
@@ -187,7 +185,7 @@ impl Preserves {
         let token = self.token(buffer);
         let started = transfer.map(|t| transfers.start(token, Target::File(moving.file), t));
         if !matches!(started, Some(Ok(()))) {
-            return Some(self.over(moving.copy, Outcome::SaveAreaFailed));
+            return Some(self.over(&moving.copy, Outcome::SaveAreaFailed));
         }
         if let Some(place) = self.moving.get_mut(buffer) {
             *place = Some(Moving {
@@ -198,7 +196,7 @@ impl Preserves {
         None
     }
 
-    fn over(&mut self, copy: Copy, outcome: Outcome) -> Copied {
+    fn over(&mut self, copy: &Copy, outcome: Outcome) -> Copied {
         self.count = self.count.saturating_sub(1);
         Copied {
             slot: copy.slot,
@@ -237,12 +235,11 @@ impl Preserves {
 }
 
 fn save_outcome(error: &DeviceError) -> Outcome {
-    match error {
-        DeviceError::Transfer {
-            kind: TransferKind::Write,
-            errno,
-            ..
-        } if *errno == Errno::NOSPC || *errno == Errno::DQUOT => Outcome::SaveAreaFull,
-        _ => Outcome::SaveAreaFailed,
+    if let DeviceError::Transfer { errno, .. } = error
+        && (*errno == Errno::NOSPC || *errno == Errno::DQUOT)
+    {
+        Outcome::SaveAreaFull
+    } else {
+        Outcome::SaveAreaFailed
     }
 }

@@ -138,10 +138,12 @@ fn stands_on(device: &BlockDevice, tracked: DeviceNumber, depth: u32) -> bool {
     })
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 fn failed(error: blktide_sys::SysError) -> VolumeError {
+    let error: &dyn std::error::Error = &error;
     refused(
         Refusal::SaveAreaFailed,
-        &format!("the save area cannot be made: {}", chain(&error)),
+        &format!("the save area cannot be made: {}", chain(error)),
     )
 }
 

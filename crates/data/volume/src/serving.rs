@@ -114,14 +114,15 @@ impl Server {
     pub(crate) fn serve(mut self) -> Result<(), VolumeError> {
         loop {
             let ready = self.wait().map_err(|e| io_error("poll", e))?;
-            if ready.ended {
+            if ready.contains(&Ready::QueueEnded) {
                 return self.queues_ended();
             }
-            if ready.listener {
-                self.accept();
-            }
-            for id in ready.connections {
-                if self.receive(id)? == Flow::Ended {
+            for one in ready {
+                let Ready::Connection(id) = one else {
+                    self.accept();
+                    continue;
+                };
+                if self.receive(id) == Flow::Ended {
                     return Ok(());
                 }
             }
@@ -152,7 +153,7 @@ impl Server {
         bells.all(|b| b.recovered.load(Ordering::Acquire))
     }
 
-    fn wait(&self) -> io::Result<Ready> {
+    fn wait(&self) -> io::Result<Vec<Ready>> {
         let limit = if let Some(pending) = &self.pending {
             pending.patience()
         } else if self.open.is_some() {
@@ -170,18 +171,13 @@ impl Server {
                 .map(|c| Watched::readable(&c.socket)),
         );
         poll(&mut watched, Some(limit))?;
-        let mut ready = watched.iter().map(|w| w.readiness != Readiness::Waiting);
-        Ok(Ready {
-            ended: ready.next().unwrap_or(false),
-            listener: ready.next().unwrap_or(false),
-            connections: self
-                .connections
-                .iter()
-                .zip(ready)
-                .filter(|(_, ready)| *ready)
-                .map(|(c, _)| c.id)
-                .collect(),
-        })
+        let what = [Ready::QueueEnded, Ready::Listener];
+        let connections = self.connections.iter().map(|c| Ready::Connection(c.id));
+        let ready = what.into_iter().chain(connections).zip(&watched);
+        Ok(ready
+            .filter(|(_, w)| w.readiness != Readiness::Waiting)
+            .map(|(what, _)| what)
+            .collect())
     }
 
     fn accept(&mut self) {
@@ -195,21 +191,21 @@ impl Server {
         }
     }
 
-    fn receive(&mut self, id: u64) -> Result<Flow, VolumeError> {
+    fn receive(&mut self, id: u64) -> Flow {
         let Some(connection) = self.connections.iter().find(|c| c.id == id) else {
-            return Ok(Flow::GoOn);
+            return Flow::GoOn;
         };
         match transport::receive::<Request>(&connection.socket) {
             Ok(Incoming::Message(request, descriptors)) => self.handle(id, request, descriptors),
             Ok(Incoming::Garbage) => {
                 let why = "this is no message of the volume socket";
                 self.refuse(id, Refusal::Invalid, why);
-                Ok(Flow::GoOn)
+                Flow::GoOn
             }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Flow::GoOn),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Flow::GoOn,
             Ok(Incoming::Closed) | Err(_) => {
                 self.close(id);
-                Ok(Flow::GoOn)
+                Flow::GoOn
             }
         }
     }
@@ -273,30 +269,30 @@ impl Server {
 
     /// A queue's thread has ended though nobody detached: its ring failed, or the connection is gone.
     fn queues_ended(mut self) -> Result<(), VolumeError> {
-        let closing = self.engine.word(control::CLOSING) == word::CLEARED;
-        let done = self
-            .queues
-            .threads
-            .iter()
-            .position(std::thread::JoinHandle::is_finished);
-        let thread = done.map(|i| self.queues.threads.swap_remove(i));
-        if let Some(Ok(Err(e))) = thread.map(std::thread::JoinHandle::join) {
+        let mut ended = self.queues.threads.iter();
+        let ended = ended.position(std::thread::JoinHandle::is_finished);
+        let ended = ended.map(|i| self.queues.threads.swap_remove(i).join());
+        if let Some(Ok(Err(e))) = ended {
             return Err(io_error("serve a queue", e));
         }
-        if !closing {
-            self.distrust(
-                Reason::TrackingInterrupted,
-                "the connection to the kernel ended without a detach",
-            );
+        if self.engine.word(control::CLOSING) == word::CLEARED {
+            // A predecessor has unmounted and died.
+            self.store_bitmap();
+            return Ok(());
         }
+        self.distrust(
+            Reason::TrackingInterrupted,
+            "the connection to the kernel ended without a detach",
+        );
         self.engine.set_word(control::ENDED, word::REFUSED);
         Err(VolumeError::FrontendGone)
     }
 }
 
-#[derive(Debug)]
-struct Ready {
-    ended: bool,
-    listener: bool,
-    connections: Vec<u64>,
+/// What there is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ready {
+    QueueEnded,
+    Listener,
+    Connection(u64),
 }

@@ -7,6 +7,7 @@ use crate::client::VolumeClient;
 use crate::error::VolumeError;
 use crate::memory::{ForeignMemory, SharedMemory};
 use crate::message::{Reply, Request, SnapshotBegun, SnapshotFigures};
+use crate::server::engine_error;
 use blktide_engine::atomic::Memory;
 use blktide_engine::state::{Found, SaveSlot, slot_offset};
 use blktide_engine::{Begun, Engine, ReaderMemories, SnapshotView};
@@ -44,9 +45,10 @@ impl SnapshotReader {
         begun: SnapshotBegun,
         descriptors: Vec<OwnedFd>,
     ) -> Result<Self, VolumeError> {
-        let protocol = || client.protocol();
-        let all: [OwnedFd; 7] = descriptors.try_into().map_err(|_| protocol())?;
-        let [control, banks, states, index, wanted, save, device] = all;
+        let all: Result<[OwnedFd; 7], _> = descriptors.try_into();
+        let Ok([control, banks, states, index, wanted, save, device]) = all else {
+            return Err(client.protocol());
+        };
         let open = |source| client.failed(source);
         let states: Arc<dyn Memory> = Arc::new(SharedMemory::from_fd(states).map_err(open)?);
         let memories = ReaderMemories {
@@ -56,7 +58,7 @@ impl SnapshotReader {
             wanted: ForeignMemory::from_fd(wanted).map_err(open)?,
             states,
         };
-        let shape = Engine::shape_of(&memories.control).map_err(|_| protocol())?;
+        let shape = Engine::shape_of(&memories.control).map_err(engine_error)?;
         let facts = Begun {
             id: begun.snapshot.0,
             sequence: begun.sequence,
@@ -67,7 +69,7 @@ impl SnapshotReader {
             held: Duration::from_nanos(begun.held_ns),
         };
         let view =
-            SnapshotView::open(&shape, &memories, &facts, begun.slots).map_err(|_| protocol())?;
+            SnapshotView::open(&shape, &memories, &facts, begun.slots).map_err(engine_error)?;
         Ok(Self {
             geometry: shape.geometry,
             begun,
@@ -105,9 +107,11 @@ impl SnapshotReader {
         let request = Request::SnapshotEnd {
             snapshot: self.begun.snapshot,
         };
-        match client.call(&request, &[])?.0 {
-            Reply::SnapshotEnded(figures) => Ok(figures),
-            other => Err(client.unexpected(other)),
+        let reply = client.call(&request, &[])?.0;
+        if let Reply::SnapshotEnded(figures) = reply {
+            Ok(figures)
+        } else {
+            Err(client.unexpected(reply))
         }
     }
 
@@ -233,7 +237,7 @@ impl BlockRead for SnapshotReader {
         self.still_reading()?;
         let size = self.geometry.block_size().bytes_usize();
         let fits = BlockCount(u64::try_from(buf.len() / size).unwrap_or(0)) == range.count()
-            && buf.len() % size == 0
+            && buf.len().is_multiple_of(size)
             && range.end().0 <= self.geometry.block_count().0;
         if !fits {
             return Err(invalid("the buffer is not that of the range"));

@@ -246,7 +246,7 @@ impl Server {
         match self.tracker.commit(hold, &pending.prepared, now) {
             Ok(begun) => {
                 self.queues.ring();
-                self.opened(pending, &begun, wall);
+                self.opened(&pending, &begun, wall);
             }
             Err(EngineError::PlanStale) => {
                 self.queues.ring();
@@ -276,7 +276,7 @@ impl Server {
         }
     }
 
-    fn opened(&mut self, pending: Pending, begun: &Begun, wall: WallTime) {
+    fn opened(&mut self, pending: &Pending, begun: &Begun, wall: WallTime) {
         for number in 0..self.engine.shape().queues {
             self.reset_wait(number);
         }
@@ -414,7 +414,8 @@ fn absent_words(
         message: "the bitmap of absent blocks is missing or of another size".to_owned(),
     };
     let memory = descriptors.into_iter().next().ok_or_else(missing)?;
-    let memory = SharedMemory::from_fd(memory).map_err(|_| missing())?;
+    let memory = SharedMemory::from_fd(memory)
+        .map_err(|e| io_error("map the bitmap of absent blocks", e))?;
     let found = memory.mapping().words().get(..words).ok_or_else(missing);
     Ok(found?.iter().map(|w| w.load(Ordering::Relaxed)).collect())
 }

@@ -1,10 +1,11 @@
 //! What the control thread does for each request of the volume socket.
 
-use crate::error::{Refusal, VolumeError};
+use crate::error::Refusal;
 use crate::message::{
     Distrust, Hint, Reply, Request, SnapshotFigures, Text, VolumeState, VolumeStatus,
 };
 use crate::serving::{Flow, Server};
+use crate::snapshotting::Open;
 use crate::start::word;
 use blktide_engine::EngineError;
 use blktide_format::shared::{control, queue};
@@ -20,12 +21,7 @@ use std::os::fd::OwnedFd;
 const GENERATIONS_MAX: usize = 64;
 
 impl Server {
-    pub(crate) fn handle(
-        &mut self,
-        id: u64,
-        request: Request,
-        descriptors: Vec<OwnedFd>,
-    ) -> Result<Flow, VolumeError> {
+    pub(crate) fn handle(&mut self, id: u64, request: Request, descriptors: Vec<OwnedFd>) -> Flow {
         match request {
             Request::Status => {
                 let status = Box::new(self.status());
@@ -71,7 +67,7 @@ impl Server {
             Request::Detach => return self.detach(id),
             Request::Adopt => self.adopt(id, descriptors),
         }
-        Ok(Flow::GoOn)
+        Flow::GoOn
     }
 
     /// Hands everything to a new keeper; its own descriptor came with the request.
@@ -161,7 +157,7 @@ impl Server {
         let before = self.open.as_ref().map_or(0, |o| o.preserved_before);
         let queues = 0..self.engine.shape().queues;
         let waits = queues.map(|q| self.engine.queue_word(q, queue::LONGEST_WAIT));
-        let peak = self.open.as_ref().map_or(0, |o| o.peak());
+        let peak = self.open.as_ref().map_or(0, Open::peak);
         SnapshotFigures {
             save_area_peak_bytes: peak.saturating_mul(block),
             preserved_bytes: self

@@ -61,8 +61,7 @@ pub(crate) struct Worker<F> {
     waiting: usize,
     left: usize,
     left_slots: Vec<bool>,
-    more: bool,
-    gone: bool,
+    source: Source,
     failed: Option<io::Error>,
     under_way: u64,
 }
@@ -72,6 +71,17 @@ enum Wait {
     No,
     Gate,
     Until(Instant),
+}
+
+/// What the frontend may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// Perhaps a request.
+    More,
+    /// Nothing, until it says so.
+    Empty,
+    /// Nothing ever again.
+    Gone,
 }
 
 /// What a worker is made of.
@@ -112,8 +122,7 @@ impl<F: Frontend> Worker<F> {
             waiting: 0,
             left: 0,
             left_slots: vec![false; count],
-            more: true,
-            gone: false,
+            source: Source::More,
             failed: None,
             under_way: 0,
         })
@@ -132,7 +141,8 @@ impl<F: Frontend> Worker<F> {
             if let Some(error) = self.failed.take() {
                 return Err(error);
             }
-            if self.gone && self.under_way == 0 && self.preserves.under_way() == 0 {
+            if self.source == Source::Gone && self.under_way == 0 && self.preserves.under_way() == 0
+            {
                 self.frontend.stop();
                 return Ok(());
             }
@@ -175,13 +185,13 @@ impl<F: Frontend> Worker<F> {
     }
 
     fn take_requests(&mut self) -> io::Result<()> {
-        while self.more && !self.gone {
+        while self.source == Source::More {
             match self.frontend.next()? {
                 Next::Request(slot, work) => self.step(slot, Event::Start(operation_of(work))),
                 Next::Handled => {}
-                Next::Nothing => self.more = false,
+                Next::Nothing => self.source = Source::Empty,
                 Next::NoSlot => return Ok(()),
-                Next::Gone => self.gone = true,
+                Next::Gone => self.source = Source::Gone,
             }
         }
         Ok(())
@@ -190,7 +200,7 @@ impl<F: Frontend> Worker<F> {
     fn happened(&mut self, done: Done) {
         let number = done.token & !KIND;
         match (done.token & KIND, done.outcome) {
-            (FRONTEND, _) => self.more = true,
+            (FRONTEND, _) if self.source == Source::Empty => self.source = Source::More,
             (BELL, _) => {
                 self.bell.rings.take();
                 self.queue.refresh();
@@ -208,14 +218,14 @@ impl<F: Frontend> Worker<F> {
             (PRESERVE, Outcome::Done(result)) => {
                 let copied = self.preserves.advance(&mut self.transfers, number, result);
                 if let Some(copied) = copied {
-                    self.preserved(copied);
+                    self.preserved(&copied);
                 }
             }
             (_, Outcome::Done(_) | Outcome::Readable | Outcome::TimedOut) => {}
         }
     }
 
-    fn preserved(&mut self, copied: Copied) {
+    fn preserved(&mut self, copied: &Copied) {
         self.step(copied.slot, Event::Preserved(copied.ticket, copied.outcome));
         self.again(|wait| matches!(wait, Wait::Until(_)));
     }
@@ -253,7 +263,7 @@ impl<F: Frontend> Worker<F> {
                         snapshot,
                     };
                     if let Some(copied) = self.preserves.start(&mut self.transfers, copy) {
-                        self.preserved(copied);
+                        self.preserved(&copied);
                     }
                 }
                 Action::Complete(result) => {
