@@ -95,6 +95,9 @@ pub(crate) enum Break {
     WrongBankCleared,
     /// A distrusted tracker keeps its names.
     DistrustKeepsNames,
+    /// A believed bitmap file is neither consumed nor contradicted by the marker.
+    #[cfg(test)]
+    FileKept,
     /// Tracking off, and nothing says so.
     SilentPassThrough,
 }

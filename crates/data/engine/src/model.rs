@@ -8,6 +8,8 @@
 //! equal the copy of the volume that was made at its instant; every read must give what was written.
 
 mod backup;
+mod cuts;
+mod folder;
 mod server;
 mod tests;
 mod world;
@@ -135,6 +137,7 @@ pub(crate) struct Seen {
     pub(crate) cuts: u64,
     pub(crate) stops: u64,
     pub(crate) unknown: u64,
+    pub(crate) believed: u64,
 }
 
 impl Seen {
@@ -150,6 +153,7 @@ impl Seen {
         self.cuts += other.cuts;
         self.stops += other.stops;
         self.unknown += other.unknown;
+        self.believed += other.believed;
     }
 }
 

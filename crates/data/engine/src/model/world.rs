@@ -1,6 +1,7 @@
 //! The world of the model: one volume, its lives, repositories, and the oracle beside it.
 
 use super::backup::{Backup, Image, memories};
+use super::folder::Folder;
 use super::server::{Done, Memories, Server, Slot};
 use super::{Op, SLOTS, Seen, absent_of, fresh_memories, pick, repository_id, shape_of, span};
 use crate::EngineError;
@@ -8,15 +9,15 @@ use crate::broken::{Break, broken, leave_out};
 use crate::control::{Absent, Limits, SnapshotRequest};
 use crate::engine::Engine;
 use crate::gate::HoldState;
+use crate::handover::{self, Begun, Bitmap, Identity, Stored};
 use crate::request::{Event, Operation};
 use crate::snapshot::Overflow;
-use crate::tracker::StoredGeneration;
 use blktide_format::shared::{Shape, queue};
 use blktide_testkit::disk::{Node, SimDisk};
 use blktide_testkit::reference::ReferenceVolume;
 use blktide_testkit::seed::Seed;
 use blktide_types::clock::{Instant, WallTime};
-use blktide_types::id::{GenerationName, SnapshotId};
+use blktide_types::id::{BootId, GenerationName, LifeId, SnapshotId, VolumeId};
 use blktide_types::io::RevokeCause;
 use blktide_types::reason::Reason;
 use blktide_types::unit::BlockIndex;
@@ -28,7 +29,7 @@ const KEPT: u64 = 10;
 
 pub(super) struct World {
     shape: Shape,
-    disk: SimDisk,
+    pub(super) disk: SimDisk,
     device: Node,
     server: Option<Server>,
     memories: Memories,
@@ -40,6 +41,10 @@ pub(super) struct World {
     names: u64,
     writes: u64,
     swaps: u64,
+    life: u64,
+    boot: u64,
+    /// The disk before each operation of a hand-over, if a test wants to cut there.
+    pub(super) moments: Option<Vec<SimDisk>>,
     /// A planted fault: only what a successor does again is not marked.
     trusting: bool,
     seen: Seen,
@@ -47,7 +52,10 @@ pub(super) struct World {
 
 impl World {
     pub(super) fn new(seed: Seed) -> Self {
-        let shape = shape_of(seed);
+        Self::of_shape(shape_of(seed))
+    }
+
+    pub(super) fn of_shape(shape: Shape) -> Self {
         let disk = SimDisk::new();
         let bytes = usize::try_from(shape.geometry.volume_bytes()).unwrap();
         let device = disk.add_device(bytes);
@@ -64,6 +72,9 @@ impl World {
             names: 0,
             writes: 0,
             swaps: 0,
+            life: 0,
+            boot: 1,
+            moments: None,
             trusting: broken(Break::NoteTrusted),
             seen: Seen::default(),
             shape,
@@ -71,7 +82,7 @@ impl World {
         if world.trusting {
             leave_out(None);
         }
-        world.start(&[]);
+        world.start();
         world
     }
 
@@ -170,13 +181,97 @@ impl World {
         GenerationName((u128::from(self.names) << 64 | 7).to_le_bytes())
     }
 
-    fn start(&mut self, stored: &[StoredGeneration]) {
+    /// Begins a life: what the hand-over believes, or anew.
+    fn start(&mut self) {
         self.memories = fresh_memories(&self.shape);
         let engine = Engine::create(&self.memories.0, &self.memories.1, self.shape).unwrap();
         let mut server = Server::new(engine);
-        let fresh = (self.name(), WallTime(1));
-        server.control.begin_life(stored, fresh).unwrap();
+        let (fresh, other) = (self.name(), self.name());
+        let identity = self.identity();
+        let kept = broken(Break::FileKept);
+        let begun = handover::attach(identity, &mut self.folder(kept)).unwrap();
+        match begun {
+            Begun::Continued {
+                generations,
+                distrust,
+            } => {
+                let fresh = (fresh, WallTime(1));
+                server.control.begin_life(&generations, fresh).unwrap();
+                if let Some(distrust) = distrust {
+                    server.control.remember_distrust(distrust, "still owed");
+                }
+                self.seen.believed += 1;
+            }
+            Begun::Anew { reason, detail } => {
+                let fresh = (fresh, WallTime(1));
+                server.control.begin_life(&[], fresh).unwrap();
+                let why = (reason, WallTime(1));
+                server.control.distrust(why, detail, other);
+                self.forget();
+            }
+        }
         self.server = Some(server);
+    }
+
+    fn identity(&mut self) -> Identity {
+        self.life += 1;
+        Identity {
+            volume: VolumeId([1; 16]),
+            life: LifeId((u128::from(self.life) << 8 | 1).to_le_bytes()),
+            boot: BootId((u128::from(self.boot) << 8 | 1).to_le_bytes()),
+            geometry: self.shape.geometry,
+            exclusive: true,
+        }
+    }
+
+    fn folder(&mut self, kept: bool) -> Folder<'_> {
+        Folder {
+            kept,
+            disk: &self.disk,
+            device: self.device,
+            moments: self.moments.as_mut(),
+        }
+    }
+
+    /// What of the world a cut does not touch, as it is now.
+    pub(super) fn survivable(&self) -> Self {
+        Self {
+            memories: self.memories.clone(),
+            reference: self.reference.clone(),
+            repositories: self.repositories.clone(),
+            slots: Vec::new(),
+            disk: self.disk.fork(),
+            server: None,
+            backup: None,
+            moments: None,
+            ..*self
+        }
+    }
+
+    /// What a power cut leaves of the world: the disk, the repositories (they lie elsewhere), and a new life on them.
+    pub(super) fn survivor(&self, disk: SimDisk) -> Self {
+        let bytes = disk.peek(self.device);
+        let mut next = Self {
+            memories: fresh_memories(&self.shape),
+            reference: self.reference.clone(),
+            repositories: self.repositories.clone(),
+            slots: vec![None; SLOTS],
+            disk,
+            server: None,
+            backup: None,
+            moments: None,
+            boot: self.boot + 1,
+            // Lives that the cut has undone are not drawn again.
+            life: self.life + 1000,
+            names: self.names + 1000,
+            seen: Seen::default(),
+            ..*self
+        };
+        next.reference.write(0, &bytes);
+        // A name that is not known costs a full backup, never a change.
+        next.forget();
+        next.start();
+        next
     }
 
     // Requests.
@@ -531,28 +626,35 @@ impl World {
         // What was not flushed is one thing or the other: from here on it is what is there.
         let bytes = self.disk.peek(self.device);
         self.reference.write(0, &bytes);
-        self.forget();
-        self.start(&[]);
-        let name = self.name();
-        self.server().control.distrust(
-            (Reason::UncleanShutdown, WallTime(4)),
-            "the power went",
-            name,
-        );
+        self.boot += 1;
+        self.start();
         self.seen.cuts += 1;
     }
 
     fn stop(&mut self) -> Result<(), String> {
         self.end_backup()?;
         self.drain()?;
-        self.disk.sync(self.device).unwrap();
-        let stored = self.server().control.export();
+        let control = &self.server().control;
+        let trust = control.trusted();
+        let bitmap = Bitmap::Known {
+            generations: control.export(),
+            distrust: trust.reason.map(|reason| (reason, trust.since)),
+        };
         if let Some(dead) = self.server.take() {
             self.count(&dead);
         }
-        self.start(&stored);
+        let mut identity = self.identity();
+        // The life that ends is the one that began last.
+        identity.life = LifeId((u128::from(self.life - 1) << 8 | 1).to_le_bytes());
+        self.life -= 1;
+        let stored = handover::stop(identity, bitmap, &mut self.folder(false));
+        self.start();
         self.seen.stops += 1;
-        Ok(())
+        if stored == Stored::Whole {
+            Ok(())
+        } else {
+            Err(format!("the bitmap was not stored: {stored:?}"))
+        }
     }
 
     fn distrust(&mut self) {
@@ -620,7 +722,7 @@ impl World {
     // The oracle.
 
     /// Every block that differs from a repository's newest image is in what the tracker calls changed since.
-    fn check(&mut self) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), String> {
         let device = self.disk.peek(self.device);
         let size = self.shape.geometry.block_size().bytes_usize();
         let Some(server) = &self.server else {
