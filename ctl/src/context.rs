@@ -1,5 +1,6 @@
 //! What every verb has in common: the options before and after it, and the configuration they lead to.
 
+use blktide_api::client::Client;
 use blktide_api::config::{Config, ConfigError, Overrides, ReadFiles};
 use blktide_api::failure::{Failure, FailureCode};
 use blktide_sys::clock::{SystemClock, SystemRandom};
@@ -7,6 +8,7 @@ use blktide_sys::host;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use blktide_job::environment::{Environment, OpenSessions};
 use blktide_job::running::OnProgress;
@@ -98,4 +100,19 @@ pub(crate) fn environment(on_progress: Option<OnProgress>) -> Result<Environment
         is_alive: Arc::new(|_process| true),
         sessions: Arc::new(OpenSessions::default()),
     })
+}
+
+/// A connection to the daemon. `limit`: the longest wait for one reply; `None`: as long as it takes.
+pub(crate) fn client(config: &Config, limit: Option<Duration>) -> Result<Client, Failure> {
+    Client::connect(&config.socket(), limit)
+}
+
+/// Makes a running daemon read its configuration again; one that does not run will read it when it starts.
+pub(crate) fn reload(config: &Config) -> Result<(), Failure> {
+    let outcome = client(config, Some(blktide_api::client::LIMIT))
+        .and_then(|mut daemon| daemon.call("Reload", serde_json::json!({})));
+    match outcome {
+        Err(failure) if failure.code != FailureCode::DaemonUnreachable => Err(failure),
+        _ => Ok(()),
+    }
 }

@@ -4,15 +4,22 @@
 //! here, and with `-r PATH` need neither configuration nor daemon: a rescue system has neither.
 #![forbid(unsafe_code)]
 
+mod attach;
+mod cancel;
 mod context;
 mod demo;
+mod detach;
+mod flush;
 mod images;
 mod interrupt;
 mod output;
+mod repo;
 mod repositories;
 mod restore;
 mod show;
+mod status;
 mod verify;
+mod volume_list;
 
 use blktide_api::failure::{Exit, Failure, FailureCode};
 use clap::{Parser, Subcommand};
@@ -32,6 +39,16 @@ struct CommandLine {
 
 #[derive(Subcommand, Debug)]
 enum Verb {
+    /// How everything stands, and what to type
+    Status(status::Args),
+    /// Puts the tracker under a volume
+    Attach(attach::Args),
+    /// Takes the tracker out, and stores the bitmap
+    Detach(detach::Args),
+    /// Repositories: made, registered, looked at, forgotten
+    Repo(repo::Args),
+    /// Ends a volume's backups; the next one covers it
+    Cancel(cancel::Args),
     /// Which images there are
     Images(images::Args),
     /// Facts of one image, and why it is what it is
@@ -40,6 +57,8 @@ enum Verb {
     Restore(restore::Args),
     /// That images are whole; with --read-data, every byte
     Verify(verify::Args),
+    /// The hook before a shutdown: stores the bitmaps of volumes that are closed
+    Flush(flush::Args),
     /// The main job on a real file system, in a folder that goes away again
     Demo,
     /// Not built yet
@@ -80,6 +99,12 @@ fn main() -> ExitCode {
     let CommandLine { common, verb } = CommandLine::parse();
     let outcome = match &verb {
         Verb::Demo => return demonstrate(),
+        Verb::Status(args) => status::run(args, &common),
+        Verb::Attach(args) => attach::run(args, &common),
+        Verb::Detach(args) => detach::run(args, &common),
+        Verb::Repo(args) => repo::run(args, &common),
+        Verb::Cancel(args) => cancel::run(args, &common),
+        Verb::Flush(args) => flush::run(args, &common),
         Verb::Images(args) => images::run(args, &common),
         Verb::Show(args) => show::run(args, &common),
         Verb::Restore(args) => restore::run(args, &common),

@@ -1,6 +1,7 @@
 //! What is said: documents and text on standard output, progress and errors on standard error.
 
 use blktide_api::failure::{Exit, Failure};
+use blktide_api::message::{DONE, DoneDocument};
 use blktide_api::unit::size;
 use blktide_job::running::{OnProgress, Progress};
 use serde::Serialize;
@@ -20,6 +21,22 @@ pub(crate) fn document(value: &impl Serialize) {
     match serde_json::to_string(value) {
         Ok(text) => line(&text),
         Err(error) => complain(&format!("a document could not be written: {error}")),
+    }
+}
+
+/// Tells what was done: lines for people, a document for scripts.
+pub(crate) fn done(common: &Common, verb: &str, names: &[String], lines: &[String]) {
+    for line in lines {
+        text(common, line);
+    }
+    if common.json {
+        document(&DoneDocument {
+            message_type: DONE.to_owned(),
+            verb: verb.to_owned(),
+            names: names.to_vec(),
+            lines: lines.to_vec(),
+            warnings: Vec::new(),
+        });
     }
 }
 
