@@ -1,5 +1,5 @@
 //! A dead process's writes are not dead: whoever takes over gets the fence after the last of them has landed.
-//! needs: root, loop, fuse
+//! needs: root, loop, fuse, ext4
 //! limit: 120 s
 //!
 //! ```text
