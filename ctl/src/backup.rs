@@ -25,7 +25,10 @@ const LOOK: Duration = Duration::from_millis(20);
 
 /// The verb's arguments.
 #[derive(clap::Args, Clone, Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "each is an option of the interface")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is an option of the interface"
+)]
 pub(crate) struct Args {
     /// The volumes
     #[arg(required_unless_present = "all", conflicts_with = "all")]
@@ -73,11 +76,10 @@ pub(crate) fn run(args: &Args, common: &Common) -> Result<Exit, Failure> {
         args.volumes.clone()
     };
     if names.is_empty() {
-        return Err(Failure::new(
-            FailureCode::NoSuchVolume,
-            "no volume is configured",
-        )
-        .hint("blktidectl volume add NAME --device PATH"));
+        return Err(
+            Failure::new(FailureCode::NoSuchVolume, "no volume is configured")
+                .hint("blktidectl volume add NAME --device PATH"),
+        );
     }
     let signals = SignalFd::new(&[Signals::Interrupt, Signals::Terminate])
         .map_err(|e| Failure::new(FailureCode::Failed, e.to_string()))?;
@@ -210,9 +212,10 @@ fn listener(form: Form, common: &Common) -> Box<dyn Fn(&Value) + Send> {
     Box::new(move |value| {
         if form == Form::JsonLines {
             output::document(value);
-        } else if let (Some(bar), Ok(at)) =
-            (&bar, serde_json::from_value::<ProgressDocument>(value.clone()))
-        {
+        } else if let (Some(bar), Ok(at)) = (
+            &bar,
+            serde_json::from_value::<ProgressDocument>(value.clone()),
+        ) {
             bar(Progress {
                 done_bytes: at.done_bytes,
                 total_bytes: at.total_bytes,
@@ -325,7 +328,10 @@ fn tell_summary(summary: &SummaryDocument, common: &Common) {
         say(format!("  {text}"));
     }
     if summary.save_area_in_memory {
-        say("  The save area lies on the volume itself: originals were kept in memory instead.".to_owned());
+        say(
+            "  The save area lies on the volume itself: originals were kept in memory instead."
+                .to_owned(),
+        );
     }
     for warning in &summary.warnings {
         say(format!("  warning: {warning}"));

@@ -40,7 +40,10 @@ enum What {
 }
 
 #[derive(clap::Args, Clone, Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "each is an option of the interface")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is an option of the interface"
+)]
 struct Add {
     /// Its name
     name: Name,
@@ -68,7 +71,10 @@ struct Add {
 }
 
 #[derive(clap::Args, Clone, Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "each is an option of the interface")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is an option of the interface"
+)]
 struct Remove {
     /// The volumes
     #[arg(required_unless_present = "all", conflicts_with = "all")]
@@ -340,7 +346,7 @@ fn write_file(config: &Config, volume: &VolumeConfig) -> Result<(), Failure> {
     };
     fs::create_folders(&config.volumes_dir, 0o755).map_err(|e| failed(&e))?;
     match fs::create_if_absent(&path, text.as_bytes(), 0o644) {
-        Ok(fs::Created::New) => Ok(()),
+        Ok(fs::Created::Made) => Ok(()),
         Ok(fs::Created::Existed) => Err(Failure::new(
             FailureCode::AlreadyThere,
             format!("{} is there already", path.display()),

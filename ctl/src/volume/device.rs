@@ -62,10 +62,13 @@ fn refused(path: &Path, why: &str, instead: &str) -> Failure {
 }
 
 fn of_mount_point(at: &Path) -> Result<Found, Failure> {
-    let mount = mounts::at(at)
-        .ok()
-        .flatten()
-        .ok_or_else(|| refused(at, "a folder, and nothing is mounted there", "Give the device."))?;
+    let mount = mounts::at(at).ok().flatten().ok_or_else(|| {
+        refused(
+            at,
+            "a folder, and nothing is mounted there",
+            "Give the device.",
+        )
+    })?;
     let source = mount.source.clone();
     if !source.is_absolute() {
         let why = format!("what is mounted there ({}) is no device", source.display());
@@ -81,7 +84,11 @@ fn device(given: &Path, real: &Path) -> Result<Found, Failure> {
     let failed = |error: &dyn std::error::Error| refused(real, &chain(error), "");
     let device = BlockDevice::at(real).map_err(|e| failed(&e))?;
     if device.is_read_only().map_err(|e| failed(&e))? {
-        return Err(refused(real, "read-only", "What never changes needs no tracker."));
+        return Err(refused(
+            real,
+            "read-only",
+            "What never changes needs no tracker.",
+        ));
     }
     if device.is_zoned() {
         return Err(refused(real, "a zoned device", ""));
@@ -99,9 +106,8 @@ fn device(given: &Path, real: &Path) -> Result<Found, Failure> {
     let stable = stable_name(given, real);
     Ok(Found {
         used_by: user_of(&device, real)?,
-        note: (stable == real).then(|| {
-            "no name in /dev/disk that a reboot does not change was found".to_owned()
-        }),
+        note: (stable == real)
+            .then(|| "no name in /dev/disk that a reboot does not change was found".to_owned()),
         real: real.to_owned(),
         stable,
         what,
@@ -148,7 +154,11 @@ fn file(real: &Path, bytes: u64) -> Result<Found, Failure> {
         ));
     }
     if bytes < 4096 {
-        return Err(refused(real, "smaller than one block", "truncate -s SIZE makes it larger."));
+        return Err(refused(
+            real,
+            "smaller than one block",
+            "truncate -s SIZE makes it larger.",
+        ));
     }
     Ok(Found {
         real: real.to_owned(),
@@ -209,7 +219,10 @@ fn member(real: &Path) -> Option<(&'static str, &'static str)> {
         return Some(("a member of an md array", "Take the array, /dev/md…."));
     }
     if (0..4).any(|sector| at(sector * 512, b"LABELONE")) {
-        return Some(("an LVM physical volume", "Take the logical volume, /dev/VG/LV."));
+        return Some((
+            "an LVM physical volume",
+            "Take the logical volume, /dev/VG/LV.",
+        ));
     }
     if at(4086, b"SWAPSPACE2") || at(4086, b"SWAP-SPACE") {
         return Some(("swap", "Swap is not backed up."));
