@@ -16,12 +16,12 @@ use blktide_types::unit::BlockIndex;
 use std::sync::Arc;
 
 /// Two blocks, so that a pack is a sector or two and every subset can be tried.
-fn shape() -> Geometry {
+pub(super) fn shape() -> Geometry {
     geometry(2 * 4096, 4096)
 }
 
 /// The bytes of the volume at the instant of image `n`.
-fn truth(n: u8) -> Vec<u8> {
+pub(super) fn truth(n: u8) -> Vec<u8> {
     let mut bytes = vec![7; 2 * 4096];
     bytes[4096..].fill(n);
     bytes
@@ -62,7 +62,7 @@ fn backup(repository: &Repository, n: u8) -> Result<Committed, ImageError> {
 }
 
 /// Panics unless each image that is visible is whole, those in `sure` are there, and no bytes but those of a truth are read.
-fn check(repository: &Repository, sure: &[(u64, u8)], at: &str) {
+pub(super) fn check(repository: &Repository, sure: &[(u64, u8)], at: &str) {
     let listing = repository.images().unwrap();
     assert!(listing.damage.is_empty(), "{at}: {:?}", listing.damage);
     for (sequence, n) in sure {

@@ -91,10 +91,10 @@ impl FileSystem for SimFolder {
     fn sync_folder(&self, folder: &str) -> io::Result<()> {
         let last = folder.rsplit('/').next().unwrap_or("");
         let is_above = folder.is_empty() || matches!(last, "volumes" | "packs") || last.len() == 32;
-        let is_left_out = match self.planted {
-            Planted::FolderNotSynced => !is_above,
-            Planted::ParentsNotSynced => is_above,
-            _ => false,
+        let is_left_out = if is_above {
+            self.planted == Planted::ParentsNotSynced
+        } else {
+            self.planted == Planted::FolderNotSynced
         };
         if is_left_out {
             return Ok(());
@@ -145,11 +145,8 @@ impl UnnamedFile for SimFile {
 
     fn link(self: Box<Self>, name: &str) -> io::Result<Created> {
         let planted = self.files.planted;
-        let is_late = match planted {
-            Planted::PacksAfterEnd => self.path.contains("/packs/"),
-            Planted::ManifestAfterEnd => name == "manifest",
-            _ => false,
-        };
+        let is_late = (planted == Planted::PacksAfterEnd && self.path.contains("/packs/"))
+            || (planted == Planted::ManifestAfterEnd && name == "manifest");
         if is_late {
             let late = (self.node, self.folder, name.to_owned());
             self.files.late.lock().unwrap().push(late);
