@@ -24,7 +24,7 @@ const LOOP_MAJOR: u32 = 7;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct LoopInfo {
+struct LoopInfo64 {
     device: u64,
     inode: u64,
     rdevice: u64,
@@ -44,13 +44,13 @@ struct LoopInfo {
 struct LoopConfig {
     fd: u32,
     block_size: u32,
-    info: LoopInfo,
+    info: LoopInfo64,
     reserved: [u64; 8],
 }
 
-const _: () = assert!(size_of::<LoopInfo>() == 232 && size_of::<LoopConfig>() == 304);
+const _: () = assert!(size_of::<LoopInfo64>() == 232 && size_of::<LoopConfig>() == 304);
 
-impl LoopInfo {
+impl LoopInfo64 {
     const EMPTY: Self = Self {
         device: 0,
         inode: 0,
@@ -189,9 +189,9 @@ impl LoopDevice {
             Err(nix::Error::ENXIO | nix::Error::ENOENT | nix::Error::ENODEV) => return Ok(None),
             Err(e) => return Err(SysError::call("open", path, e.into())),
         };
-        let mut info = LoopInfo::EMPTY;
+        let mut info = LoopInfo64::EMPTY;
         let request = request(LOOP_GET_STATUS64).map_err(|e| SysError::call("ioctl", &path, e))?;
-        // SAFETY: the request writes one LoopInfo, which is writable for the length of the call.
+        // SAFETY: the request writes one LoopInfo64, which is writable for the length of the call.
         let asked = check(unsafe { libc::ioctl(node.as_raw_fd(), request, &raw mut info) });
         match asked {
             Ok(_) => {}
@@ -268,9 +268,9 @@ impl LoopDevice {
 }
 
 fn configure(node: &OwnedFd, file: &impl AsFd, options: &LoopOptions<'_>) -> io::Result<()> {
-    let mut info = LoopInfo {
+    let mut info = LoopInfo64 {
         flags: FLAG_DIRECT_IO,
-        ..LoopInfo::EMPTY
+        ..LoopInfo64::EMPTY
     };
     for (to, from) in info.file_name.iter_mut().take(63).zip(options.name.bytes()) {
         *to = from;
