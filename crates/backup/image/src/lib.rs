@@ -19,6 +19,8 @@ pub mod writer;
 #[cfg(test)]
 mod commit_tests;
 #[cfg(test)]
+mod golden_tests;
+#[cfg(test)]
 mod testing;
 
 pub use blktide_format::page::BlockKind;
