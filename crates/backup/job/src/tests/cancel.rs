@@ -3,7 +3,7 @@
 use super::history::write_some;
 use super::store::Fault;
 use super::volume::SimVolume;
-use super::world::{Place, VOLUME, back_up, check, environment, remember, request};
+use super::world::{Place, VOLUME, back_up, check, environment, remember, request, visible};
 use crate::backup;
 use crate::environment::Environment;
 use crate::error::JobError;
@@ -98,7 +98,7 @@ fn after_a_cancel_at_any_moment_the_next_incremental_covers_everything() {
             }
             Err(error) => panic!("{note}: {error:?}"),
         }
-        check(&place, &note);
+        visible(&place, &note);
         no_open_claims(&place, &note);
         write_some(&volume, &mut numbers, &mut sequence);
         let first = place.truths.is_empty();
@@ -159,7 +159,7 @@ fn a_repository_that_hangs_does_not_hang_who_cancels() {
             );
             remember(&mut place, &volume, &report);
         }
-        check(&place, &note);
+        visible(&place, &note);
         volume.write(4096 * 20, &noise(4096 * 50, seed.nth(2)));
         let next = back_up(&mut place, &volume, &environment).unwrap();
         assert_eq!(next.head.reason, None, "{note}");

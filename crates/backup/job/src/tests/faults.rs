@@ -2,7 +2,7 @@
 
 use super::store::Fault;
 use super::volume::SimVolume;
-use super::world::{Place, VOLUME, back_up, check, environment, remember, request};
+use super::world::{Place, VOLUME, back_up, check, environment, remember, request, visible};
 use crate::backup;
 use crate::source::TrackerSays;
 use crate::{plan, source};
@@ -76,7 +76,7 @@ fn fail_at(n: u64, fault: Fault, lasts: Lasts, with_base: bool) -> bool {
             );
         }
     }
-    check(&place, &note);
+    visible(&place, &note);
     volume.write(4096 * 20, &noise(4096 * 30, seed.nth(2)));
     let first = place.truths.is_empty();
     let next = back_up(&mut place, &volume, &environment)

@@ -230,6 +230,21 @@ pub(super) fn restore_over(
     (running.wait(), target)
 }
 
+/// The images that are to be there are, and no others.
+pub(super) fn visible(place: &Place, note: &str) {
+    let mut there: Vec<u64> = place
+        .repository
+        .images_of(VOLUME)
+        .unwrap()
+        .images
+        .iter()
+        .map(|entry| entry.head.sequence)
+        .collect();
+    there.sort_unstable();
+    let expected: Vec<u64> = place.truths.iter().map(|(sequence, _)| *sequence).collect();
+    assert_eq!(there, expected, "{note}: images that are visible");
+}
+
 /// Every image restores to its truth, over garbage, and each byte of the repository is proven.
 pub(super) fn check(place: &Place, note: &str) {
     for (sequence, truth) in &place.truths {
@@ -247,20 +262,10 @@ pub(super) fn check(place: &Place, note: &str) {
             target.bytes().iter().zip(truth).position(|(a, b)| a != b)
         );
     }
-    let mut there: Vec<u64> = place
-        .repository
-        .images_of(VOLUME)
-        .unwrap()
-        .images
-        .iter()
-        .map(|entry| entry.head.sequence)
-        .collect();
-    there.sort_unstable();
-    let expected: Vec<u64> = place.truths.iter().map(|(sequence, _)| *sequence).collect();
-    assert_eq!(there, expected, "{note}: images that are visible");
+    visible(place, note);
     let proof = verify(place, Depth::Data).wait().unwrap();
     assert_eq!(proof.damage, [], "{note}");
-    assert_eq!(proof.images, expected.len() as u64, "{note}");
+    assert_eq!(proof.images, place.truths.len() as u64, "{note}");
 }
 
 pub(super) fn verify(place: &Place, depth: Depth) -> Running<Proof> {
