@@ -346,3 +346,6 @@ fn header_checksum(header: &ObjectHeader) -> u64 {
         .split_at(core::mem::offset_of!(ObjectHeader, checksum));
     crc64(&[covered])
 }
+
+#[cfg(test)]
+mod tests;
