@@ -73,7 +73,8 @@ impl Control {
         let keep = inner.shape.generations.saturating_sub(1).max(1);
         let skipped = stored.len().saturating_sub(keep);
         let mut list: Vec<Generation> = Vec::new();
-        let last_bank = inner.marks.banks().saturating_sub(3).max(1);
+        // One stays free for the next generation.
+        let last_bank = inner.marks.banks().saturating_sub(2).max(1);
         let mut next_bank = 0;
         // Youngest first: the open generation has bank 0 for itself; one without bits shares the bank of the next
         // younger; when the banks are used up the oldest share the last one.
@@ -318,3 +319,7 @@ pub(crate) fn trust_of(inner: &Inner) -> Trust {
         ),
     }
 }
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests;

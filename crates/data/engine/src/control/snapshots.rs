@@ -319,6 +319,8 @@ impl Control {
         {
             bank.settle();
         }
+        // A bank is kept free: so what a stop stores fits the next life as it is. If there is none, `prepare` will say so.
+        let _free = self.free_bank();
         Ok(living.snapshot)
     }
 
