@@ -402,3 +402,6 @@ fn base_error(error: ImageError, image: blktide_types::id::ImageId) -> ImageErro
     };
     RepoError::BaseGone { image, what }.into()
 }
+
+#[cfg(test)]
+mod tests;

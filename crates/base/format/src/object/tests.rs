@@ -1,5 +1,10 @@
 //! The repository's objects: goldens refused when damaged, and decoders that take any bytes.
 
+#![expect(
+    clippy::arithmetic_side_effects,
+    reason = "a test may end by an overflow"
+)]
+
 use super::*;
 use crate::manifest::{PREFIX_BYTES, decode_packs, decode_prefix};
 use crate::page::{Inner, Leaf};
