@@ -140,8 +140,8 @@ impl Store for MemoryStore {
         let start = usize::try_from(offset_bytes).unwrap_or(usize::MAX);
         let there = object.get(start..).unwrap_or_default();
         let len = there.len().min(buf.len());
-        for (to, from) in buf.iter_mut().zip(there) {
-            *to = *from;
+        if let (Some(to), Some(from)) = (buf.get_mut(..len), there.get(..len)) {
+            to.copy_from_slice(from);
         }
         inner.asked.gets = inner.asked.gets.saturating_add(1);
         inner.asked.got_bytes = inner.asked.got_bytes.saturating_add(len as u64);
