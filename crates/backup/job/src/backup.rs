@@ -230,6 +230,20 @@ impl Attempt<'_> {
         gone && !self.base_is_bad
     }
 
+    /// The image that is remembered, unless it is there although not the newest: a clone that made a newer one does not
+    /// make it go.
+    fn remembered(&self, newest: Option<&ImageEntry>) -> Result<Option<ImageId>, JobError> {
+        let (Some(image), Some(newest)) = (self.request.remembered, newest) else {
+            return Ok(self.request.remembered);
+        };
+        if image == newest.head.image {
+            return Ok(Some(image));
+        }
+        let there = self.repository.images_of(self.request.volume)?.images;
+        let outrun = there.iter().any(|entry| entry.head.image == image);
+        Ok(Some(if outrun { newest.head.image } else { image }))
+    }
+
     fn run(&self) -> Result<BackupReport, JobError> {
         let found = survey(self.repository, self.request.volume)?;
         let mut facts = PlanFacts {
@@ -238,7 +252,7 @@ impl Attempt<'_> {
             geometry: self.request.source.geometry(),
             device: self.request.device.clone(),
             repository: found.facts,
-            remembered: self.request.remembered,
+            remembered: self.remembered(found.newest.as_ref())?,
         };
         if self.base_is_bad {
             facts.repository.newest = Newest::Unusable;
