@@ -274,6 +274,12 @@ impl SimDisk {
         Self::from_state(self.lock().clone())
     }
 
+    /// A number that differs if what programs see, what is stable or what is pending differs: to recognise a state that was
+    /// looked at before.
+    pub fn fingerprint(&self) -> u64 {
+        self.lock().fingerprint()
+    }
+
     fn create_inode(&self, folder: Node, name: &str, inode: Inode) -> io::Result<Node> {
         let mut state = self.lock();
         state.operate(Kind::Create, |state| {

@@ -7,12 +7,13 @@
 //! ```
 //! **Invariant**: at every instant, a bitmap file that a restart would find and believe has a bit for every grain
 //! written since its generations began. Two witnesses hold it while the volume may be written: the marker says
-//! `open`, and the file is destroyed. Either alone is enough not to be believed; with neither, no write is let through.
+//! `open` (or is gone, where it cannot be written), and the file is destroyed. Either alone is enough not to be believed; with
+//! neither, no write is let through. (The file's alone does not hold against somebody who puts an older file back.)
 //!
 //! | what fails at attach | then |
 //! |---|---|
 //! | reading marker or file | not believed, `bitmap-damaged`; goes on |
-//! | one witness is not durable (ENOSPC, EIO, read-only) | goes on, not believed: `tracking-interrupted` unless another reason was found before |
+//! | one witness is not durable (ENOSPC, EIO, read-only), or the marker had to be removed | goes on, not believed: `tracking-interrupted` unless another reason was found before |
 //! | neither is | refused: the old bitmap might be believed after a cut. Nothing is served |
 //!
 //! | what fails at stop | then |
@@ -170,6 +171,8 @@ pub struct Attach {
 enum Witness {
     /// Not, or not surely.
     Missing,
+    /// Surely, but not as it should be: enough to serve, not to believe (TB5: the folder is failing).
+    Makeshift,
     /// On the disk.
     Durable,
 }
@@ -183,6 +186,8 @@ enum State {
     OpeningMarker,
     SyncingMarker,
     SyncingMarkerName,
+    RemovingMarker,
+    SyncingMarkerRemoval,
     Overwriting,
     SyncingFile,
     Unlinking,
@@ -244,6 +249,8 @@ impl Attach {
             State::OpeningMarker
             | State::SyncingMarker
             | State::SyncingMarkerName
+            | State::RemovingMarker
+            | State::SyncingMarkerRemoval
             | State::Overwriting
             | State::SyncingFile
             | State::Unlinking
@@ -279,8 +286,13 @@ impl Attach {
             State::SyncingMarker if self.situation.marker == Found::Absent => {
                 self.go(State::SyncingMarkerName, Action::SyncFolder)
             }
+            State::RemovingMarker => self.go(State::SyncingMarkerRemoval, Action::SyncFolder),
             State::SyncingMarker | State::SyncingMarkerName => {
                 self.marker_says_open = Witness::Durable;
+                self.consume()
+            }
+            State::SyncingMarkerRemoval => {
+                self.marker_says_open = Witness::Makeshift;
                 self.consume()
             }
             State::Overwriting => self.go(State::SyncingFile, Action::Sync(Name::Bitmap)),
@@ -304,9 +316,11 @@ impl Attach {
     /// The step of this state failed: the other witness decides.
     fn failed(&mut self) -> Action {
         match self.state {
+            // What cannot be written can often still be removed: no marker is as good as one that says 'open'.
             State::OpeningMarker | State::SyncingMarker | State::SyncingMarkerName => {
-                self.consume()
+                self.go(State::RemovingMarker, Action::Unlink(Name::Marker))
             }
+            State::RemovingMarker | State::SyncingMarkerRemoval => self.consume(),
             State::Overwriting | State::SyncingFile => {
                 self.go(State::Unlinking, Action::Unlink(Name::Bitmap))
             }
@@ -322,7 +336,7 @@ impl Attach {
     /// Destroys the file. One that is not there needs no destroying once the marker says so; else it is made, so that
     /// destroying it proves that the folder can still be written: what was only read might not be on the disk.
     fn consume(&mut self) -> Action {
-        if self.marker_says_open == Witness::Durable && self.situation.file == Found::Absent {
+        if self.marker_says_open != Witness::Missing && self.situation.file == Found::Absent {
             self.file_is_destroyed = Witness::Durable;
             return self.conclude();
         }
@@ -332,14 +346,16 @@ impl Attach {
 
     fn conclude(&mut self) -> Action {
         let witnesses = [self.marker_says_open, self.file_is_destroyed];
-        let durable = witnesses.iter().filter(|w| **w == Witness::Durable);
-        let begun = match (durable.count(), self.begun.take()) {
-            (2, Some(begun)) | (1, Some(begun @ Begun::Anew { .. })) => begun,
-            (1, Some(Begun::Continued { .. })) => Begun::Anew {
+        let all = witnesses.iter().all(|w| *w == Witness::Durable);
+        let none = witnesses.iter().all(|w| *w == Witness::Missing);
+        let begun = match self.begun.take() {
+            Some(begun) if all => begun,
+            Some(begun @ Begun::Anew { .. }) if !none => begun,
+            Some(Begun::Continued { .. }) if !none => Begun::Anew {
                 reason: Reason::TrackingInterrupted,
                 detail: "the state folder could not be written",
             },
-            (_, Some(_) | None) => return self.refuse(),
+            Some(Begun::Continued { .. } | Begun::Anew { .. }) | None => return self.refuse(),
         };
         self.go(State::Over, Action::Serve(begun))
     }

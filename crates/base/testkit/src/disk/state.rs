@@ -2,19 +2,20 @@
 
 use super::{Cut, Failure, Fault, Kind, Node, SECTOR_BYTES};
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) enum Inode {
     File(Vec<u8>),
     Device(Vec<u8>),
     Folder(BTreeMap<String, Node>),
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) enum What {
     Sector(usize, Vec<u8>),
     Length(usize),
@@ -22,7 +23,7 @@ pub(super) enum What {
     Rename(String, String, Node),
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) struct Change {
     node: Node,
     what: What,
@@ -182,6 +183,12 @@ impl State {
             stable,
             ..Self::default()
         }
+    }
+
+    pub(super) fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (&self.seen, &self.stable, &self.pending).hash(&mut hasher);
+        hasher.finish()
     }
 
     /// The failure that is due for an operation of `kind`. Counted down only if `consume`; a short transfer is looked
