@@ -43,4 +43,12 @@ pub const LAYOUTS: &[Layout] = &[
     bitmap_file::GenerationHead::LAYOUT,
     bitmap_file::EvidenceBlock::LAYOUT,
     marker::MarkerBlock::LAYOUT,
+    shared::control::LAYOUT,
+    shared::queue::LAYOUT,
+    shared::table::LAYOUT,
+    shared::generation::LAYOUT,
+    shared::hint::LAYOUT,
+    shared::states::LAYOUT,
+    shared::index::LAYOUT,
+    shared::slot::LAYOUT,
 ];

@@ -285,18 +285,6 @@ pub const SLOT_HEADER_OFFSET: usize = 4096 - 80;
 /// Where the payload begins in a slot, bytes.
 pub const SLOT_PAYLOAD_OFFSET: usize = 4096;
 
-/// Layouts of this module, in the order of `docs/format.md`.
-pub const LAYOUTS: &[Layout] = &[
-    control::LAYOUT,
-    queue::LAYOUT,
-    table::LAYOUT,
-    generation::LAYOUT,
-    hint::LAYOUT,
-    states::LAYOUT,
-    index::LAYOUT,
-    slot::LAYOUT,
-];
-
 /// The numbers that the layout of a volume's memories follows from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
