@@ -63,9 +63,9 @@ macro_rules! words {
 words! {
     /// Head of the control memory.
     pub mod control, "ControlHead": 128 {
-        /// [`super::MAGIC`]; stored last, so that a half-made memory is not taken for one.
+        /// `BLKTIDE` and 0x01; stored last, so that a half-made memory is not taken for one.
         0 => MAGIC,
-        /// [`super::VERSION`].
+        /// Version of all shared memory.
         1 => VERSION,
         /// Features that a build must know to touch the memory; none yet.
         2 => INCOMPAT,
@@ -199,7 +199,7 @@ words! {
     pub mod table, "ControlTable": 8 {
         /// Number of generations; the last is the open one.
         0 => COUNT,
-        /// Sum over the count and all words of the entries (see [`super::table_sum`]).
+        /// Sum over the count and all words of the entries , see `table_sum`.
         1 => SUM,
     }
 }
@@ -239,9 +239,9 @@ words! {
 words! {
     /// Head of a snapshot's states.
     pub mod states, "SnapshotStates": 64 {
-        /// [`super::MAGIC`].
+        /// `BLKTIDE` and 0x01.
         0 => MAGIC,
-        /// [`super::VERSION`].
+        /// Version of all shared memory.
         1 => VERSION,
         /// Sequence of the snapshot.
         2 => SEQUENCE,
@@ -255,9 +255,9 @@ words! {
 words! {
     /// Head of a snapshot's slot index.
     pub mod index, "SnapshotIndex": 64 {
-        /// [`super::MAGIC`].
+        /// `BLKTIDE` and 0x01.
         0 => MAGIC,
-        /// [`super::VERSION`].
+        /// Version of all shared memory.
         1 => VERSION,
         /// Sequence of the snapshot.
         2 => SEQUENCE,
