@@ -283,6 +283,7 @@ impl Attempt<'_> {
             .ok()
             .and(newest)
             .map(|entry| (entry.head.image, entry.head.sequence));
+        let claiming = self.environment.sessions.claim();
         let session = self.repository.claim(
             &ClaimRequest {
                 volume: self.request.volume,
@@ -297,6 +298,7 @@ impl Attempt<'_> {
             &*self.environment.random,
         )?;
         let entered = self.environment.sessions.enter(session.facts().session);
+        drop(claiming);
         Ok((session, entered))
     }
 

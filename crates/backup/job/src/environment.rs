@@ -5,7 +5,7 @@ use blktide_repo::{ClaimEntry, ClaimState, ProcessMark, RepoError, Repository};
 use blktide_types::clock::{Clock, Random};
 use blktide_types::id::{HostId, SessionId, VolumeId};
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Says whether a process of this machine still lives.
 pub type IsAlive = Arc<dyn Fn(&ProcessMark) -> bool + Send + Sync>;
@@ -46,7 +46,25 @@ impl core::fmt::Debug for Environment {
 /// the next job: nobody has to clean up by hand.
 #[derive(Debug, Default)]
 pub struct OpenSessions {
-    sessions: Mutex<BTreeSet<SessionId>>,
+    open: Mutex<Open>,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    sessions: BTreeSet<SessionId>,
+    /// Jobs that are making a claim: its session is not known yet.
+    claiming: usize,
+}
+
+/// A job that is making a claim, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Claiming<'a>(&'a OpenSessions);
+
+impl Drop for Claiming<'_> {
+    fn drop(&mut self) {
+        let mut open = self.0.lock();
+        open.claiming = open.claiming.saturating_sub(1);
+    }
 }
 
 /// A session's entry, until it is dropped.
@@ -58,31 +76,34 @@ pub(crate) struct Entered {
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        self.sessions
-            .sessions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&self.session);
+        self.sessions.lock().sessions.remove(&self.session);
     }
 }
 
 impl OpenSessions {
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be held from before the claim is made until its session has been entered.
+    pub(crate) fn claim(&self) -> Claiming<'_> {
+        let mut open = self.lock();
+        open.claiming = open.claiming.saturating_add(1);
+        Claiming(self)
+    }
+
     pub(crate) fn enter(self: &Arc<Self>, session: SessionId) -> Entered {
-        self.sessions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(session);
+        self.lock().sessions.insert(session);
         Entered {
             sessions: Arc::clone(self),
             session,
         }
     }
 
-    fn contains(&self, session: SessionId) -> bool {
-        self.sessions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .contains(&session)
+    /// Whether a claim of this process may have a thread. Asked after the claim was seen in the repository.
+    fn may_hold(&self, session: SessionId) -> bool {
+        let open = self.lock();
+        open.claiming > 0 || open.sessions.contains(&session)
     }
 }
 
@@ -116,7 +137,7 @@ impl Environment {
     fn is_left_behind(&self, claim: &ClaimEntry) -> bool {
         let process = claim.process();
         if process == self.process {
-            !self.sessions.contains(claim.facts.session)
+            !self.sessions.may_hold(claim.facts.session)
         } else {
             !(self.is_alive)(&process)
         }

@@ -108,10 +108,11 @@ impl JobError {
     }
 
     /// The exit code of the interface.
-    pub const fn exit(&self) -> u8 {
+    pub fn exit(&self) -> u8 {
         match self {
             Self::Cancelled { .. } => 130,
             Self::Refused(_) => 13,
+            Self::Target { source, .. } if source.kind() == io::ErrorKind::StorageFull => 15,
             Self::RepositoryFull { .. } | Self::RepositoryLow { .. } => 15,
             Self::Repository { source } => repository_exit(source),
             Self::SnapshotRevoked { .. }

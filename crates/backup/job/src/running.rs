@@ -129,6 +129,7 @@ impl Control {
             self.cancel();
         }
         self.done_bytes.store(0, Ordering::Relaxed);
+        self.stored_bytes.store(0, Ordering::Relaxed);
         self.check()
     }
 

@@ -1,6 +1,7 @@
 //! The jobs against a volume that cannot be wrong, and repositories that fail.
 
 mod cancel;
+mod damage;
 mod faults;
 mod history;
 mod restore;

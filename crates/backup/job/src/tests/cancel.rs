@@ -39,7 +39,7 @@ fn small(seed: Seed) -> Small {
     }
 }
 
-fn no_open_claims(place: &Place, note: &str) {
+pub(super) fn no_open_claims(place: &Place, note: &str) {
     for claim in place.repository.claims(VOLUME).unwrap() {
         assert_ne!(claim.state, ClaimState::Open, "{note}: {claim:?}");
     }
