@@ -58,6 +58,14 @@ pub(crate) struct Args {
     pub(crate) json_lines: bool,
 }
 
+/// What all volumes' requests have in common.
+struct Asking<'a> {
+    config: &'a Config,
+    common: &'a Common,
+    form: Form,
+    signals: &'a SignalFd,
+}
+
 /// How documents are written.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Form {
@@ -88,13 +96,19 @@ pub(crate) fn run(args: &Args, common: &Common) -> Result<Exit, Failure> {
         (false, true) => Form::Json,
         (false, false) => Form::Text,
     };
+    let with = Asking {
+        config: &config,
+        common,
+        form,
+        signals: &signals,
+    };
     let mut outcomes = Vec::new();
     for name in names {
-        let outcome = one(&config, &name, &parameters, form, common, &signals);
+        let outcome = one(&with, &name, &parameters);
         if form == Form::JsonLines
             && let Ok(document) = &outcome
         {
-            output::document(document);
+            print(document);
         }
         let interrupted =
             matches!(&outcome, Err(failure) if failure.code == FailureCode::Interrupted);
@@ -140,21 +154,14 @@ fn absolute(reference: &str) -> String {
         .map_or_else(|_| reference.to_owned(), |p| p.display().to_string())
 }
 
-fn one(
-    config: &Config,
-    name: &Name,
-    parameters: &Value,
-    form: Form,
-    common: &Common,
-    signals: &SignalFd,
-) -> Result<Value, Failure> {
+fn one(with: &Asking<'_>, name: &Name, parameters: &Value) -> Result<Value, Failure> {
     let mut parameters = parameters.clone();
     if let Some(map) = parameters.as_object_mut() {
         map.insert("volume".to_owned(), json!(name));
     }
-    let mut client = Client::connect(&config.socket(), None)?;
+    let mut client = Client::connect(&with.config.socket(), None)?;
     let job = Arc::new(AtomicU64::new(0));
-    let (heard, shown) = (Arc::clone(&job), listener(form, common));
+    let (heard, shown) = (Arc::clone(&job), listener(with.form, with.common));
     let asking = thread::spawn(move || {
         client.call_more("Backup", parameters, true, &mut |answer| {
             if let Some(number) = answer.get("job").and_then(Value::as_u64) {
@@ -167,10 +174,10 @@ fn one(
     });
     let mut interrupted = false;
     while !asking.is_finished() {
-        let arrived = wait_readable(signals, Some(LOOK)).unwrap_or(false);
-        if arrived && signals.take().is_ok_and(|signal| signal.is_some()) {
+        let arrived = wait_readable(with.signals, Some(LOOK)).unwrap_or(false);
+        if arrived && with.signals.take().is_ok_and(|signal| signal.is_some()) {
             interrupted = true;
-            cancel(config, name, job.load(Ordering::SeqCst));
+            cancel(with.config, name, job.load(Ordering::SeqCst));
         }
     }
     let died = || Failure::new(FailureCode::Failed, "a thread died of a fault of its own");
@@ -210,12 +217,12 @@ fn listener(form: Form, common: &Common) -> Box<dyn Fn(&Value) + Send> {
         None
     };
     Box::new(move |value| {
+        let Ok(at) = serde_json::from_value::<ProgressDocument>(value.clone()) else {
+            return;
+        };
         if form == Form::JsonLines {
-            output::document(value);
-        } else if let (Some(bar), Ok(at)) = (
-            &bar,
-            serde_json::from_value::<ProgressDocument>(value.clone()),
-        ) {
+            output::document(&at);
+        } else if let Some(bar) = &bar {
             bar(Progress {
                 done_bytes: at.done_bytes,
                 total_bytes: at.total_bytes,
@@ -267,7 +274,7 @@ fn conclude(
     }
     if form == Form::Json {
         match (single, documents.pop()) {
-            (true, Some(document)) => output::document(&document),
+            (true, Some(document)) => print(&document),
             (_, last) => {
                 documents.extend(last);
                 output::document(&json!({ "message_type": "summaries", "summaries": documents }));
@@ -275,6 +282,17 @@ fn conclude(
         }
     }
     Ok(first_failure.map_or(exit, |failure| failure.exit()))
+}
+
+/// A document as its type has it: `message_type` comes first.
+fn print(document: &Value) {
+    if let Ok(summary) = serde_json::from_value::<SummaryDocument>(document.clone()) {
+        output::document(&summary);
+    } else if let Ok(plan) = serde_json::from_value::<PlanDocument>(document.clone()) {
+        output::document(&plan);
+    } else {
+        output::document(document);
+    }
 }
 
 fn has_warnings(document: &Value) -> bool {

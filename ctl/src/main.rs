@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod attach;
+mod backup;
 mod cancel;
 mod context;
 mod demo;
@@ -19,6 +20,7 @@ mod restore;
 mod show;
 mod status;
 mod verify;
+mod volume;
 mod volume_list;
 
 use blktide_api::failure::{Exit, Failure, FailureCode};
@@ -41,6 +43,10 @@ struct CommandLine {
 enum Verb {
     /// How everything stands, and what to type
     Status(status::Args),
+    /// Volumes: added, removed, listed
+    Volume(volume::Args),
+    /// An image of a volume: what changed, or everything
+    Backup(backup::Args),
     /// Puts the tracker under a volume
     Attach(attach::Args),
     /// Takes the tracker out, and stores the bitmap
@@ -100,6 +106,8 @@ fn main() -> ExitCode {
     let outcome = match &verb {
         Verb::Demo => return demonstrate(),
         Verb::Status(args) => status::run(args, &common),
+        Verb::Volume(args) => volume::run(args, &common),
+        Verb::Backup(args) => backup::run(args, &common),
         Verb::Attach(args) => attach::run(args, &common),
         Verb::Detach(args) => detach::run(args, &common),
         Verb::Repo(args) => repo::run(args, &common),

@@ -120,14 +120,13 @@ fn run_add(add: &Add, common: &Common) -> Result<Exit, Failure> {
         .then(|| Client::connect(&config.socket(), None))
         .transpose()?;
     write_file(&config, &volume)?;
-    let attached = match client {
-        Some(mut client) => client
+    let attached = if let Some(mut client) = client {
+        client
             .call("Reload", json!({}))
-            .and_then(|_| client.call("Attach", json!({ "volume": volume.name }))),
-        None => {
-            reload(&config);
-            Ok(json!({ "lines": [format!("{} is registered, not attached", volume.name)] }))
-        }
+            .and_then(|_| client.call("Attach", json!({ "volume": volume.name })))
+    } else {
+        reload(&config);
+        Ok(json!({ "lines": [format!("{} is registered, not attached", volume.name)] }))
     };
     match attached {
         Ok(answer) => {

@@ -285,6 +285,10 @@ const fn word(state: VolumeState) -> &'static str {
 }
 
 /// An error of the volume's processes, as it is told.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "the enum is open; what is not named is a plain failure"
+)]
 pub(crate) fn volume_failure(name: &Name, error: &VolumeError) -> Failure {
     let words = crate::daemon::chain(error);
     match error {
@@ -335,7 +339,7 @@ fn room(checked: &Checked, seen: &Arc<Seen>) -> (blktide_job::backup::FreeBytes,
         let free = fs::free_bytes(&path).map_err(std::io::Error::other)?;
         let total = fs::total_bytes(&path).map_err(std::io::Error::other)?;
         let wanted = min_free.bytes_of(total);
-        drop(seen.free_bytes.set((free, wanted)));
+        seen.free_bytes.get_or_init(|| (free, wanted));
         Ok(u64::from(free >= wanted))
     };
     (Box::new(ask), 1)
@@ -354,7 +358,7 @@ fn opener(checked: &Checked, seen: &Arc<Seen>, status: &VolumeStatus) -> OpenRep
             return Err(RepoError::Misuse("the repository lies on the volume"));
         }
         let repository = Repository::open(Arc::new(FolderStore::new(&path)))?;
-        drop(seen.id.set(repository.id()));
+        seen.id.get_or_init(|| repository.id());
         Ok(repository)
     })
 }
@@ -434,7 +438,13 @@ fn summary(
     let head: &ImageHead = &report.head;
     let figures = source.figures();
     let seconds_of = |nanos| Duration::from_nanos(nanos).as_secs_f64();
-    let detail = status.distrust.as_ref().map(|d| d.detail.as_str());
+    // What the tracker saw is evidence only for the reason that it gave.
+    let detail = |reason: Reason| {
+        let distrust = status.distrust.as_ref();
+        distrust
+            .filter(|d| d.reason == reason.code())
+            .map(|d| d.detail.as_str())
+    };
     SummaryDocument {
         message_type: SUMMARY.to_owned(),
         host: head.host_name.clone(),
@@ -460,7 +470,9 @@ fn summary(
         },
         save_area_peak_bytes: figures.save_area_peak_bytes,
         preserved_bytes: head.counters.preserved_bytes,
-        reason_text: head.reason.map(|r| reason_text::text(r).paragraph(detail)),
+        reason_text: head
+            .reason
+            .map(|r| reason_text::text(r).paragraph(detail(r))),
         save_area_in_memory: source.used_memory_instead(),
     }
 }
@@ -483,6 +495,10 @@ const fn consistency_word(consistency: Consistency) -> &'static str {
 }
 
 /// A job's error in the interface's words.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "the enum is open; what is not named is a plain failure"
+)]
 fn failure(error: &JobError, seen: &Seen, checked: &Checked) -> Failure {
     if let Some(failure) = lock(&seen.failure).take() {
         return failure;
@@ -516,7 +532,7 @@ fn failure(error: &JobError, seen: &Seen, checked: &Checked) -> Failure {
         ),
         JobError::Busy => failure.hint("Writers did not pause for long enough. Try again."),
         JobError::Cancelled { .. } => {
-            failure.hint("Nothing is lost: the next backup covers it and uses what was stored.")
+            failure.hint("Nothing is lost: the next backup covers it.")
         }
         _ if code == FailureCode::NoSuchRepository => failure.hint(format!(
             "Is {} mounted? `blktidectl repo status`",

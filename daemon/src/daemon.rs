@@ -211,9 +211,11 @@ async fn serve(shared: &Arc<Shared>) -> Result<()> {
     tracing::info!(socket = %shared.config().socket().display(), "ready");
     let server = socket::accept(shared, &listener);
     tokio::pin!(server);
+    let mut alive = tokio::time::interval(watchdog_period().unwrap_or(Duration::from_secs(3600)));
     loop {
         tokio::select! {
             () = &mut server => bail!("the control socket failed"),
+            _ = alive.tick() => notify("WATCHDOG=1"),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
             _ = hang_up.recv() => {
@@ -230,6 +232,12 @@ async fn serve(shared: &Arc<Shared>) -> Result<()> {
     tracing::info!(cancelled, "stopped; tracking goes on");
     drop(std::fs::remove_file(shared.config().socket()));
     Ok(())
+}
+
+/// Half of what systemd waits for a sign of life, if it does.
+fn watchdog_period() -> Option<Duration> {
+    let micros: u64 = std::env::var("WATCHDOG_USEC").ok()?.parse().ok()?;
+    Some(Duration::from_micros(micros / 2)).filter(|period| !period.is_zero())
 }
 
 fn listen(path: &Path) -> Result<UnixListener> {

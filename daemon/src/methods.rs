@@ -216,11 +216,13 @@ fn run(
     let on_progress: OnProgress = Arc::new(move |at| tell("running", at));
     let result = backup::run(shared, checked, &place, on_progress);
     match &result {
-        Ok(summary) => {
-            tracing::info!(%volume, job = id, image = summary.image, kind = summary.kind, read_bytes = summary.read_bytes, stored_bytes = summary.stored_bytes, "backup done")
+        Ok(done) => {
+            let (image, kind) = (&done.image, &done.kind);
+            let (read_bytes, stored_bytes) = (done.read_bytes, done.stored_bytes);
+            tracing::info!(%volume, job = id, image, kind, read_bytes, stored_bytes, "backup done");
         }
         Err(failure) => {
-            tracing::warn!(%volume, job = id, code = %failure.code, "backup failed: {failure}")
+            tracing::warn!(%volume, job = id, code = %failure.code, "backup failed: {failure}");
         }
     }
     drop(place);

@@ -182,6 +182,10 @@ fn place(area: &SaveArea) -> message::SaveArea {
     }
 }
 
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "the enum is open; what is not named is a plain failure"
+)]
 fn begin_error(error: VolumeError) -> BeginError {
     match error {
         VolumeError::Refused {

@@ -14,7 +14,6 @@ use blktide_api::failure::{Failure, FailureCode};
 use blktide_api::name::Name;
 use blktide_sys::event::pause;
 use blktide_sys::process::PidFd;
-use blktide_types::clock::Clock;
 use blktide_volume::message::{VolumeState, VolumeStatus};
 use blktide_volume::{VolumeClient, VolumeError};
 use std::os::unix::process::CommandExt as _;
