@@ -101,13 +101,13 @@ pub(crate) fn open(
             generations,
             distrust,
         } => {
-            if let Some((reason, since)) = distrust {
-                let detail = "a full backup is still owed from before the last stop";
-                tracker.distrust((reason, since), detail, fresh().0);
-            }
             tracker
                 .begin_life(&generations, fresh())
                 .map_err(engine_error)?;
+            if let Some((reason, since)) = distrust {
+                let detail = "a full backup is still owed from before the last stop";
+                tracker.remember_distrust((reason, since), detail);
+            }
             let count = generations.len();
             log.say(&format!(
                 "server: the bitmap of the last stop is believed, {count} generations"

@@ -86,8 +86,9 @@ impl Server {
     pub(crate) fn store_bitmap(&mut self) {
         let mut clean = true;
         for thread in self.queues.threads.drain(..) {
-            clean &= matches!(thread.join(), Ok(Ok(())));
+            clean &= thread.join().is_ok();
         }
+        clean &= self.queues.results.try_iter().all(|r| r.is_ok());
         let (start, backing, engine) = (&self.start, &self.backing, &self.engine);
         let stored = if clean {
             bitmap::close(start, backing, engine, &self.tracker, self.life)

@@ -31,6 +31,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -112,6 +113,7 @@ fn serve(
         if role == Role::PassThrough {
             let (name, wall) = fresh();
             tracker.pass_through(wall, name);
+            engine.set_word(control::STATE, word::PASSING_THROUGH);
         }
         backing = fence(start, None)?;
         life = Life::of_words(&engine);
@@ -130,9 +132,10 @@ fn serve(
 /// The threads of the queues, and their bells.
 pub(crate) struct Queues {
     pub(crate) bells: Vec<Arc<Bell>>,
-    pub(crate) threads: Vec<JoinHandle<io::Result<()>>>,
-    /// Rung by a thread at its end.
+    pub(crate) threads: Vec<JoinHandle<()>>,
+    /// Rung by a thread at its end, after it has sent how it ended.
     pub(crate) ended: Arc<EventFd>,
+    pub(crate) results: Receiver<io::Result<()>>,
     pub(crate) control: Arc<SharedMemory>,
 }
 
@@ -146,10 +149,12 @@ impl Queues {
     ) -> Result<Self, VolumeError> {
         let failed = |e: io::Error| io_error("start a queue", e);
         let ended = Arc::new(EventFd::new().map_err(failed)?);
+        let (send, results) = channel();
         let mut queues = Self {
             bells: Vec::new(),
             threads: Vec::new(),
             ended,
+            results,
             control: Arc::clone(&memories.control),
         };
         let volume = VolumeShape {
@@ -179,15 +184,15 @@ impl Queues {
             queues.bells.push(bell);
         }
         for (number, mut worker) in workers.into_iter().enumerate() {
-            let ended = Arc::clone(&queues.ended);
+            let mut end = End {
+                result: Some(Err(io::Error::other("a queue's thread panicked"))),
+                send: send.clone(),
+                bell: Arc::clone(&queues.ended),
+            };
             let thread = std::thread::Builder::new()
                 .name(format!("queue-{number}"))
                 .stack_size(STACK_BYTES)
-                .spawn(move || {
-                    let result = worker.serve();
-                    ended.ring();
-                    result
-                })
+                .spawn(move || end.note(worker.serve()))
                 .map_err(failed)?;
             queues.threads.push(thread);
         }
@@ -199,6 +204,27 @@ impl Queues {
         for bell in &self.bells {
             bell.rings.ring();
         }
+    }
+}
+
+/// Tells the control thread how a queue's thread ended, also if it panics.
+struct End {
+    result: Option<io::Result<()>>,
+    send: Sender<io::Result<()>>,
+    bell: Arc<EventFd>,
+}
+
+impl End {
+    fn note(&mut self, result: io::Result<()>) {
+        self.result = Some(result);
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        // If the control thread is gone, so is the process.
+        drop(self.result.take().map(|result| self.send.send(result)));
+        self.bell.ring();
     }
 }
 

@@ -269,10 +269,7 @@ impl Server {
 
     /// A queue's thread has ended though nobody detached: its ring failed, or the connection is gone.
     fn queues_ended(mut self) -> Result<(), VolumeError> {
-        let mut ended = self.queues.threads.iter();
-        let ended = ended.position(std::thread::JoinHandle::is_finished);
-        let ended = ended.map(|i| self.queues.threads.swap_remove(i).join());
-        if let Some(Ok(Err(e))) = ended {
+        if let Ok(Err(e)) = self.queues.results.try_recv() {
             return Err(io_error("serve a queue", e));
         }
         if self.engine.word(control::CLOSING) == word::CLEARED {
