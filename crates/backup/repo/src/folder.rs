@@ -206,3 +206,6 @@ impl Store for FolderStore {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
