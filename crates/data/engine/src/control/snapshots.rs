@@ -315,11 +315,14 @@ impl Control {
         ));
         self.set_snapshot(None);
         if let Some(closed) = self.table().and_then(|t| t.iter().rev().nth(1).copied())
+            && closed.bank != epoch.bank()
             && let Some(bank) = inner.marks.bank(closed.bank)
         {
             bank.settle();
         }
-        // A bank is kept free: so what a stop stores fits the next life as it is. If there is none, `prepare` will say so.
+        // A name and a bank are kept free: so what a stop stores fits the next life as it is, which knows no hints yet. If
+        // there is none, `prepare` will say so.
+        let _room = self.drop_names();
         let _free = self.free_bank();
         Ok(living.snapshot)
     }
