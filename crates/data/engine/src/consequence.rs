@@ -153,3 +153,24 @@ impl Failure {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    /// req D2: no failure of a backup's making fails a write, and nothing that is lost for the tracker goes unsaid.
+    #[test]
+    fn only_the_device_and_bad_requests_fail_a_write() {
+        for failure in Failure::ALL {
+            let fails = matches!(failure.consequence(), Consequence::FailRequest(_));
+            let may = matches!(
+                failure,
+                Failure::Device(_) | Failure::Flush(_) | Failure::BadRequest
+            );
+            assert_eq!(fails, may, "{failure:?}");
+        }
+        let words: BTreeSet<_> = Failure::ALL.iter().map(|f| f.what()).collect();
+        assert_eq!(words.len(), Failure::ALL.len());
+    }
+}

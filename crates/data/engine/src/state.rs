@@ -14,7 +14,6 @@ use crate::broken::{Break, broken};
 use crate::error::EngineError;
 use blktide_format::shared;
 use blktide_types::io::RevokeCause;
-use blktide_types::range::BlockRange;
 use blktide_types::unit::{BlockCount, BlockIndex};
 use std::sync::Arc;
 
@@ -124,25 +123,6 @@ impl States {
                 State::of_bits(word.fetch_or(3 << shift, Ordering::AcqRel) >> shift)
             }
             None => State::Done,
-        }
-    }
-
-    /// Moves whole `range` to `Done`, by words: blocks that are no longer wanted (P10).
-    pub fn finish_range(&self, range: BlockRange) {
-        let end = range.end().0.min(self.blocks);
-        let mut block = range.start().0;
-        while block < end {
-            let in_word = 32 - block % 32;
-            let count = in_word.min(end - block);
-            let bits = if count == 32 {
-                u64::MAX
-            } else {
-                ((1 << (2 * count)) - 1) << (2 * (block % 32))
-            };
-            if let Some(word) = self.words.at(index(block / 32)) {
-                word.fetch_or(bits, Ordering::AcqRel);
-            }
-            block += count;
         }
     }
 
