@@ -14,6 +14,14 @@ use std::sync::Arc;
 
 pub(crate) const VOLUME: VolumeId = VolumeId([7; 16]);
 
+/// How often a random test runs: `short`, or ten times that with `BLKTIDE_TEST_LONG` set.
+pub(crate) fn times(short: u64) -> u64 {
+    match std::env::var_os("BLKTIDE_TEST_LONG") {
+        Some(_) => short * 10,
+        None => short,
+    }
+}
+
 /// A geometry of so many bytes.
 pub(crate) fn geometry(volume_bytes: u64, block_bytes: u32) -> Geometry {
     let block = BlockSize::new(block_bytes).unwrap();

@@ -40,7 +40,13 @@ pub(super) fn image(
     let (send, receive) = sync_channel(search.threads.saturating_mul(2));
     let receive = Mutex::new(receive);
     std::thread::scope(|scope| {
-        for _ in 0..search.threads {
+        // A search by one thread needs no other.
+        let workers = if search.threads > 1 {
+            search.threads
+        } else {
+            0
+        };
+        for _ in 0..workers {
             scope.spawn(|| worker(search, reader, &receive));
         }
         let mut walk = Walk {
@@ -155,8 +161,12 @@ impl Walk<'_, '_> {
     }
 
     fn send_batch(&mut self) {
-        let batch = std::mem::take(&mut self.batch);
+        let mut batch = std::mem::take(&mut self.batch);
         self.batch_bytes = 0;
+        if self.search.threads == 1 {
+            frames(self.search, self.reader, &mut batch);
+            return;
+        }
         // Workers end only when this end is dropped: a batch that nobody takes cannot be.
         if !batch.is_empty() && self.send.send(batch).is_err() {
             self.search

@@ -1,6 +1,6 @@
 //! Trees against a plain model.
 
-use crate::testing::{Model, VOLUME, World, bytes_of, facts, geometry, put_all, words};
+use crate::testing::{Model, VOLUME, World, bytes_of, facts, geometry, put_all, times, words};
 use crate::{BlockKind, ImageError, ImageReader, ImageWriter};
 use blktide_format::manifest::ImageKind;
 use blktide_testkit::seed::{Numbers, Seed};
@@ -141,7 +141,7 @@ fn check_packs(reader: &ImageReader) {
 #[test]
 fn histories_agree_with_a_plain_model() {
     let seed = Seed::of_test("histories_agree_with_a_plain_model");
-    for n in 0..20 {
+    for n in 0..times(8) {
         let seed = seed.nth(n);
         println!("seed {seed:?}");
         let mut numbers = seed.numbers();
