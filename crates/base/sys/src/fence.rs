@@ -85,7 +85,7 @@ impl Fenced {
         }))
     }
 
-    /// Tries until it has it or `deadline` is past (`None`: for ever). Waits in steps of 1 to 20 ms: the kernel
+    /// Tries until it has it or `deadline` is past (`None`: for ever). Waits in steps of 1 to 4 ms: the kernel
     /// announces the end of an orphaned write to nobody.
     pub fn take(path: &Path, clock: &dyn Clock, deadline: Option<Instant>) -> Result<Self> {
         let mut step = Duration::from_millis(1);
@@ -100,7 +100,7 @@ impl Fenced {
                 });
             }
             crate::event::pause(step).map_err(|e| SysError::call("poll", path, e))?;
-            step = (step * 2).min(Duration::from_millis(20));
+            step = (step * 2).min(Duration::from_millis(4));
         }
     }
 

@@ -205,6 +205,14 @@ pub fn set_oom_score_adjustment(value: i32) -> io::Result<()> {
     io::Write::write_all(&mut file, value.to_string().as_bytes())
 }
 
+/// How readily the scheduler runs this thread, and those and the processes it starts later: -20 first, 19 last.
+///
+/// `EACCES`/`EPERM` without `CAP_SYS_NICE`.
+pub fn set_niceness(value: i32) -> io::Result<()> {
+    // SAFETY: setpriority(2) takes numbers only.
+    check(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, value) }).map(|_| ())
+}
+
 /// The name that tools show for this thread; the first 15 bytes count.
 pub fn set_thread_name(name: &str) -> io::Result<()> {
     let mut bytes = [0_u8; 16];

@@ -1,4 +1,4 @@
-//! A small, safe `io_uring`: operations on registered files, with memory that cannot go away under them.
+//! A small, safe `io_uring`: operations on files it knows, with memory that cannot go away under them.
 //!
 //! ```text
 //! push (queued here) ──submit──▶ kernel ──completion──▶ drain: token, result, the buffer back
@@ -7,7 +7,9 @@
 //! completion) or part of a [`Mapping`] that the ring holds. A ring dropped with operations in flight leaks
 //! both: the kernel may still write there. Nothing is allocated per operation.
 //!
-//! A process that dies leaves its operations to the kernel; they may land later (see `fence`).
+//! A process that dies leaves its operations to the kernel; they may land later (see `fence`). Files are not *registered*
+//! with the kernel: it lets a dead ring's registered files go after a grace period of its own only, 50 ms on 6.18, and
+//! the successor would wait for its fence that long. An operation in flight holds its file all the same.
 
 use crate::Result;
 use crate::buffer::AlignedBuffer;
@@ -62,6 +64,9 @@ pub enum PushError {
     /// As many operations are in flight as the ring was made for. Drain first.
     #[error("the ring is full")]
     Full,
+    /// The ring does not know that file (any more).
+    #[error("the ring does not know that file")]
+    UnknownFile,
     /// The range does not lie inside that mapping, or the length is zero or too long.
     #[error("the range is not inside the memory")]
     BadRange,
@@ -122,10 +127,6 @@ impl Ring {
             .build(operations)
             .or_else(|_| IoUring::builder().dontfork().build(operations))
             .map_err(fail("io_uring_setup"))?;
-        let empty = [-1; REGISTERED_MAX];
-        ring.submitter()
-            .register_files(&empty)
-            .map_err(fail("IORING_REGISTER_FILES"))?;
         let count = usize::try_from(operations).unwrap_or(0).max(1);
         let mut slab = Vec::with_capacity(count);
         slab.resize_with(count, || None);
@@ -148,7 +149,6 @@ impl Ring {
             return Err(SysError::unfit("ring", "it knows as many files as it can"));
         }
         let id = FileId(u32::try_from(index).unwrap_or(u32::MAX));
-        self.update_file(id, file.as_raw_fd())?;
         match self.files.get_mut(index) {
             Some(place) => *place = Some(file),
             None => self.files.push(Some(file)),
@@ -156,21 +156,23 @@ impl Ring {
         Ok(id)
     }
 
-    /// Forgets a file; its id may be given to another one. Operations in flight on it go on, and keep it open till then.
+    /// Forgets a file; its id may be given to another one. Operations on it that were pushed go on, and keep it open till then.
     pub fn forget_file(&mut self, id: FileId) -> Result<()> {
+        self.submit()
+            .map_err(|e| SysError::call("io_uring_enter", "", e))?;
         let index = usize::try_from(id.0).unwrap_or(usize::MAX);
-        let known = self.files.get_mut(index).and_then(Option::take);
-        if known.is_none() {
-            return Err(SysError::unfit("ring", "it does not know that file"));
+        match self.files.get_mut(index).and_then(Option::take) {
+            Some(_) => Ok(()),
+            None => Err(SysError::unfit("ring", "it does not know that file")),
         }
-        self.update_file(id, -1)
     }
 
-    fn update_file(&mut self, id: FileId, fd: i32) -> Result<()> {
-        let updated = self.queues.submitter().register_files_update(id.0, &[fd]);
-        updated
-            .map(|_| ())
-            .map_err(|e| SysError::call("IORING_REGISTER_FILES_UPDATE", "", e))
+    fn file(&self, id: FileId) -> core::result::Result<types::Fd, PushError> {
+        let index = usize::try_from(id.0).unwrap_or(usize::MAX);
+        let known = self.files.get(index).and_then(Option::as_ref);
+        known
+            .map(|file| types::Fd(file.as_raw_fd()))
+            .ok_or(PushError::UnknownFile)
     }
 
     /// Makes a mapping known to the ring; it stays mapped as long as the ring lives.
@@ -199,7 +201,7 @@ impl Ring {
         to: MemoryRange,
     ) -> core::result::Result<(), PushError> {
         let address = self.address(to)?;
-        let entry = opcode::Read::new(types::Fixed(file.0), address, to.len)
+        let entry = opcode::Read::new(self.file(file)?, address, to.len)
             .offset(offset)
             .build();
         self.push(token, None, entry)
@@ -214,7 +216,7 @@ impl Ring {
         from: MemoryRange,
     ) -> core::result::Result<(), PushError> {
         let address = self.address(from)?;
-        let entry = opcode::Write::new(types::Fixed(file.0), address, from.len)
+        let entry = opcode::Write::new(self.file(file)?, address, from.len)
             .offset(offset)
             .build();
         self.push(token, None, entry)
@@ -231,10 +233,12 @@ impl Ring {
         if !fits(len, buffer.len()) {
             return Err((PushError::BadRange, buffer));
         }
+        let file = match self.file(at.0) {
+            Ok(file) => file,
+            Err(e) => return Err((e, buffer)),
+        };
         let address = buffer.as_raw();
-        let entry = opcode::Read::new(types::Fixed(at.0.0), address, len)
-            .offset(at.1)
-            .build();
+        let entry = opcode::Read::new(file, address, len).offset(at.1).build();
         self.push_owned(token, buffer, entry)
     }
 
@@ -249,16 +253,18 @@ impl Ring {
         if !fits(len, buffer.len()) {
             return Err((PushError::BadRange, buffer));
         }
+        let file = match self.file(at.0) {
+            Ok(file) => file,
+            Err(e) => return Err((e, buffer)),
+        };
         let address = buffer.as_raw();
-        let entry = opcode::Write::new(types::Fixed(at.0.0), address, len)
-            .offset(at.1)
-            .build();
+        let entry = opcode::Write::new(file, address, len).offset(at.1).build();
         self.push_owned(token, buffer, entry)
     }
 
     /// fdatasync(2) of `file`: what is complete now, not what is in flight.
     pub fn sync_data(&mut self, token: u64, file: FileId) -> core::result::Result<(), PushError> {
-        let entry = opcode::Fsync::new(types::Fixed(file.0))
+        let entry = opcode::Fsync::new(self.file(file)?)
             .flags(types::FsyncFlags::DATASYNC)
             .build();
         self.push(token, None, entry)
@@ -272,7 +278,7 @@ impl Ring {
         mode: Zeroing,
         range: (u64, u64),
     ) -> core::result::Result<(), PushError> {
-        let entry = opcode::Fallocate::new(types::Fixed(file.0), range.1)
+        let entry = opcode::Fallocate::new(self.file(file)?, range.1)
             .offset(range.0)
             .mode(mode.flags())
             .build();
@@ -288,7 +294,7 @@ impl Ring {
         file: FileId,
     ) -> core::result::Result<(), PushError> {
         let events = u32::try_from(libc::POLLIN | libc::POLLERR | libc::POLLHUP).unwrap_or(1);
-        let entry = opcode::PollAdd::new(types::Fixed(file.0), events)
+        let entry = opcode::PollAdd::new(self.file(file)?, events)
             .multi(true)
             .build();
         self.push(token, None, entry)
@@ -297,7 +303,7 @@ impl Ring {
     /// Completes once when `file` is readable.
     pub fn poll_once(&mut self, token: u64, file: FileId) -> core::result::Result<(), PushError> {
         let events = u32::try_from(libc::POLLIN | libc::POLLERR | libc::POLLHUP).unwrap_or(1);
-        let entry = opcode::PollAdd::new(types::Fixed(file.0), events).build();
+        let entry = opcode::PollAdd::new(self.file(file)?, events).build();
         self.push(token, None, entry)
     }
 
@@ -466,7 +472,7 @@ impl Ring {
         }
         let mut queue = self.queues.submission();
         // SAFETY: the memory the entry names is owned by the slab or part of a mapping that the ring holds;
-        // both stay until the completion (see the invariant), and the file is registered.
+        // both stay until the completion (see the invariant), and the file is open until it has been submitted.
         let pushed = unsafe { queue.push(&entry) };
         drop(queue);
         if pushed.is_err() {
@@ -486,7 +492,7 @@ impl Drop for Ring {
     fn drop(&mut self) {
         // SAFETY: nobody uses the ring after this; dropped once, here.
         unsafe { ManuallyDrop::drop(&mut self.queues) };
-        // SAFETY: as above; the ring keeps its own references to what operations in flight need.
+        // SAFETY: as above; operations in flight hold their files themselves.
         unsafe { ManuallyDrop::drop(&mut self.files) };
         if self.in_flight == 0 {
             // SAFETY: no operation is in flight, so the kernel writes to none of this memory any more.

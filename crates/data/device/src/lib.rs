@@ -10,7 +10,7 @@
 
 mod backing;
 mod error;
-mod transfers;
+pub mod transfers;
 
 pub use backing::{Backing, Limits};
 pub use error::{Consequence, DeviceError, TransferKind};

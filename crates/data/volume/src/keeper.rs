@@ -38,6 +38,8 @@ use watch::{Deaths, Hung};
 
 /// How often queues are looked at for standing still.
 const LOOK: Duration = Duration::from_secs(1);
+/// Before ordinary programs, which wait for their I/O meanwhile.
+const NICENESS: i32 = -10;
 /// Longest wait for a reply while adopting.
 const ADOPT_LIMIT: Duration = Duration::from_secs(10);
 
@@ -62,13 +64,15 @@ pub fn run(options: &VolumeOptions) -> Result<(), VolumeError> {
 
 /// What can fail here fails in containers, too: a warning is all.
 fn harden(name: &str) {
-    let steps: [(&str, io::Result<()>); 5] = [
+    let steps: [(&str, io::Result<()>); 6] = [
         ("no core dumps", process::forbid_core_dumps()),
         ("lift the lock limit", process::lift_memory_lock_limit()),
         (
             "lift the descriptor limit",
             process::lift_descriptor_limit(),
         ),
+        // Servers inherit it. On a machine that is all busy a takeover otherwise waits for its turn, and all I/O with it.
+        ("niceness", process::set_niceness(NICENESS)),
         ("OOM score", process::set_oom_score_adjustment(-1000)),
         ("I/O flusher", process::set_io_flusher()),
     ];
