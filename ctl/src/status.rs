@@ -10,6 +10,7 @@ use blktide_api::name::Name;
 use blktide_api::record::{FILE_NAME, Records};
 use blktide_api::status::{LiveFacts, VolumeFacts, assemble};
 use blktide_api::unit::size;
+use blktide_format::marker;
 use blktide_sys::blockdev::BlockDevice;
 use blktide_sys::clock::SystemClock;
 use blktide_sys::host;
@@ -137,6 +138,7 @@ fn facts<'a>(
         } else {
             silent.or(told)
         },
+        closed: is_closed(config, &volume.name),
         mountpoint: live.as_ref().and_then(|_| mountpoint(config, &volume.name)),
         live,
         configured: configured(config, &volume.name),
@@ -181,6 +183,14 @@ fn job_of(jobs: &Value, name: &Name) -> Option<JobDocument> {
     let mut job: JobDocument = serde_json::from_value(first.clone()).ok()?;
     job.queued = own.count() as u64;
     Some(job)
+}
+
+/// Whether its last life ended with a stored bitmap.
+fn is_closed(config: &Config, name: &Name) -> bool {
+    let marker = std::fs::read(config.volume_state_dir(name).join("marker"));
+    marker.is_ok_and(|bytes| {
+        marker::decode(&bytes).is_ok_and(|marker| marker.state == marker::State::Closed)
+    })
 }
 
 fn mountpoint(config: &Config, name: &Name) -> Option<String> {

@@ -271,6 +271,7 @@ fn facts(checked: &Checked) -> Result<(Arc<VolumeSource>, VolumeStatus, VolumeId
         checked.config.runtime_dir.clone(),
         checked.volume.clone(),
         geometry,
+        status.loop_device.clone(),
     );
     Ok((Arc::new(source), status, id))
 }

@@ -5,20 +5,28 @@ use blktide_format::manifest::Consistency;
 use blktide_job::source::{
     BeginError, Begun, SnapshotAsk, SnapshotCost, SnapshotSource, TrackerSays,
 };
+use blktide_sys::blockdev::BlockDevice;
 use blktide_sys::fs;
 use blktide_types::clock::WallTime;
 use blktide_types::geometry::Geometry;
 use blktide_types::id::{GenerationName, SnapshotId};
+use blktide_types::io::RevokeCause;
 use blktide_types::reason::Reason;
 use blktide_volume::error::Refusal;
 use blktide_volume::message::{self, Absent, SnapshotFigures, SnapshotRequest, Text, VolumeStatus};
 use blktide_volume::{SnapshotReader, VolumeClient, VolumeError};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(10);
+/// The longest that a backup waits for what was written before it to reach the volume (D3).
+const SYNC_LIMIT: Duration = Duration::from_secs(60);
+/// How often it is looked meanwhile whether the backup was cancelled.
+const LOOK: Duration = Duration::from_millis(50);
 /// Memory that stands in for a save area on the tracked volume itself.
 const MEMORY_INSTEAD_BYTES: u64 = 256 << 20;
 
@@ -28,15 +36,24 @@ pub(crate) struct VolumeSource {
     runtime_dir: PathBuf,
     config: VolumeConfig,
     geometry: Geometry,
+    node: Option<PathBuf>,
+    revoked: AtomicBool,
     reader: Mutex<Option<Arc<SnapshotReader>>>,
     figures: Mutex<SnapshotFigures>,
     memory_instead: Mutex<bool>,
 }
 
 impl VolumeSource {
-    /// The volume, whose server has just told `geometry`.
-    pub(crate) fn new(runtime_dir: PathBuf, config: VolumeConfig, geometry: Geometry) -> Self {
+    /// The volume, whose server has just told `geometry` and the loop device `node`.
+    pub(crate) fn new(
+        runtime_dir: PathBuf,
+        config: VolumeConfig,
+        geometry: Geometry,
+        node: Option<PathBuf>,
+    ) -> Self {
         Self {
+            node,
+            revoked: AtomicBool::new(false),
             runtime_dir,
             config,
             geometry,
@@ -48,6 +65,7 @@ impl VolumeSource {
 
     /// Ends the snapshot at once: writers no longer preserve, whatever the job's threads hang in.
     pub(crate) fn revoke(&self) {
+        self.revoked.store(true, Ordering::SeqCst);
         let reader = lock(&self.reader).take();
         if let Some(reader) = reader {
             reader.cancel();
@@ -98,6 +116,35 @@ impl VolumeSource {
         }
     }
 
+    /// What was written before the backup was asked for is in it (D3): file systems on the node, and the node itself, are
+    /// synced first, by a thread that may hang. After [`SYNC_LIMIT`] the backup goes on without.
+    fn sync(&self) -> Result<(), BeginError> {
+        let Some(node) = self.node.clone() else {
+            return Ok(());
+        };
+        let (tell, told) = channel();
+        let syncing = std::thread::Builder::new().name("sync".to_owned());
+        let started = syncing.spawn(move || drop(tell.send(sync_all(&node))));
+        started.map_err(BeginError::Io)?;
+        let mut left = SYNC_LIMIT;
+        let volume = &self.config.name;
+        while !left.is_zero() {
+            match told.recv_timeout(LOOK) {
+                Ok(Ok(())) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                Ok(Err(error)) => {
+                    tracing::warn!(%volume, %error, "what was written before could not be synced");
+                    return Ok(());
+                }
+                Err(RecvTimeoutError::Timeout) if self.revoked.load(Ordering::SeqCst) => {
+                    return Err(BeginError::Revoked(RevokeCause::Cancelled));
+                }
+                Err(RecvTimeoutError::Timeout) => left = left.saturating_sub(LOOK),
+            }
+        }
+        tracing::warn!(%volume, "what was written before is still being synced; the backup goes on");
+        Ok(())
+    }
+
     fn snapshot(&self, ask: &SnapshotAsk) -> Result<SnapshotReader, VolumeError> {
         let mut request = self.request(ask);
         let absent = ask.absent.as_ref().filter(|_| ask.base.is_some());
@@ -127,6 +174,7 @@ impl SnapshotSource for VolumeSource {
             // On a failure the volume's own answer says what is wrong.
             drop(fs::create_folders(folder, 0o700));
         }
+        self.sync()?;
         let reader = Arc::new(self.snapshot(ask).map_err(begin_error)?);
         let begun = reader.begun();
         let tracker = match &begun.distrust {
@@ -199,6 +247,17 @@ fn begin_error(error: VolumeError) -> BeginError {
         VolumeError::Revoked(cause) => BeginError::Revoked(cause),
         other => BeginError::Io(io::Error::other(other)),
     }
+}
+
+/// Everything that file systems on `node` and its own page cache hold, to the volume.
+fn sync_all(node: &Path) -> io::Result<()> {
+    let device = BlockDevice::at(node).map_err(io::Error::other)?;
+    for mount in device.mounts().map_err(io::Error::other)? {
+        let folder = fs::open_read(&mount.at).map_err(io::Error::other)?;
+        fs::sync_file_system(&folder)?;
+    }
+    let opened = fs::open_read(node).map_err(io::Error::other)?;
+    fs::sync_data(&opened)
 }
 
 /// The volume's shape as its server tells it.

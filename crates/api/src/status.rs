@@ -25,7 +25,9 @@ pub struct VolumeFacts<'a> {
     pub live: Option<LiveFacts>,
     /// Its processes should be there and do not answer, or could not be started.
     pub failed: Option<String>,
-    /// Why the bitmap that lies on disk would not be believed, if that is known.
+    /// It was detached cleanly: its bitmap lies in the state folder.
+    pub closed: bool,
+    /// Where its node is mounted.
     pub mountpoint: Option<String>,
     /// When its file was written, the start of `max_age` for a volume without images.
     pub configured: WallTime,
@@ -238,12 +240,17 @@ fn next_reason(
     let Some(record) = record else {
         return word(Reason::FirstBackup);
     };
-    let Some(live) = &facts.live else {
-        return word(Reason::TrackingInterrupted);
-    };
     if record.block_size_bytes != facts.config.block_size.bytes() {
         return word(Reason::BlockSizeChanged);
     }
+    let Some(live) = &facts.live else {
+        // What the stored bitmap says is known after the attach only.
+        return if facts.closed {
+            None
+        } else {
+            word(Reason::TrackingInterrupted)
+        };
+    };
     if record.volume_bytes != live.volume_bytes {
         return word(Reason::Resized);
     }

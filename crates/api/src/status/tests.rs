@@ -57,6 +57,7 @@ fn facts(config: &Config) -> VolumeFacts<'_> {
             warnings: Vec::new(),
         }),
         failed: None,
+        closed: false,
         mountpoint: Some("/srv/data".to_owned()),
         configured: WallTime(0),
         job: None,
@@ -167,4 +168,7 @@ fn the_next_backup_is_told_with_its_reason() {
         f.live.as_mut().unwrap().distrust = Some(("unclean-shutdown".to_owned(), 5, String::new()));
     };
     assert_eq!(next(&distrust), "unclean-shutdown");
+    assert_eq!(next(&|f| f.live = None), "tracking-interrupted");
+    let detached = |f: &mut VolumeFacts<'_>| (f.live, f.closed) = (None, true);
+    assert_eq!(next(&detached), "");
 }
