@@ -1,0 +1,70 @@
+//! Servers that keep dying: everything passes through, no write fails, and no bitmap is believed after it.
+//! needs: root, loop, fuse
+//! limit: 120 s
+#![forbid(unsafe_code)]
+#![cfg(test)]
+
+use anyhow::{Context, Result, ensure};
+use blktide_tests::{Instance, Recorder, fill_file, kill, wait_until, write_block};
+use blktide_volume::VolumeClient;
+use blktide_volume::message::{VolumeState, VolumeStatus};
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+
+fn status(instance: &Instance) -> Result<VolumeStatus> {
+    let limit = Duration::from_secs(5);
+    Ok(VolumeClient::connect(&instance.join("run"), "data", limit)?.status()?)
+}
+
+/// req X3, P6: fail-open. Distrust is stored before the first write that passes unseen.
+/// trap TC12: a stretch without tracking never yields an incremental.
+#[test]
+fn servers_that_keep_dying() -> Result<()> {
+    let instance = Instance::started("x03")?;
+    let backing = instance.join("backing");
+    fill_file(&backing, 32 * MIB)?;
+    instance.repo_init("main")?;
+    let node = instance.volume_add("data", &backing, &[])?;
+    instance.backup_is("data", "full", Some("first-backup"))?;
+    write_block(&node, 0, &[1; 4096])?;
+    instance.backup_is("data", "incremental", None)?;
+    for round in 0..20 {
+        let now = status(&instance)?;
+        if now.state == VolumeState::PassingThrough {
+            break;
+        }
+        ensure!(round < 15, "it never passed through");
+        kill(now.pid, "KILL")?;
+        wait_until("a successor serves", Duration::from_secs(20), || {
+            Ok(status(&instance).is_ok_and(|s| s.pid != now.pid))
+        })?;
+    }
+    let now = status(&instance)?;
+    let distrust = now.distrust.context("fail-open distrusts")?;
+    ensure!(distrust.reason == "tracking-interrupted", "{distrust:?}");
+    let writer = Recorder::start(&node, 0..32 * MIB / 4096, 3, Duration::ZERO)?;
+    wait_until("writes go on", Duration::from_secs(20), || {
+        Ok(writer.written() > 500)
+    })?;
+    // A successor of a server that passes through passes through, too: writes it did not see are in no bitmap.
+    kill(now.pid, "KILL")?;
+    let seen = writer.written();
+    wait_until("writes go on", Duration::from_secs(20), || {
+        Ok(writer.written() > seen + 500)
+    })?;
+    ensure!(status(&instance)?.state == VolumeState::PassingThrough);
+    let record = writer.finish()?;
+    println!(
+        "figure: passed through; {} writes, longest {:?}",
+        record.count(),
+        record.longest_wait
+    );
+    instance.detach("data")?;
+    let node = instance.attach("data")?;
+    instance.backup_is("data", "full", Some("tracking-interrupted"))?;
+    instance.image_equals("data@latest", &backing, &[])?;
+    write_block(&node, 4096, &[2; 4096])?;
+    instance.backup_is("data", "incremental", None)?;
+    instance.detach("data")
+}
