@@ -11,6 +11,7 @@ use anyhow::{Result, ensure};
 use blktide_tests::{
     FileSystem, Instance, Mounted, Recorder, Stopwatch, fill_file, kill, make_file, wait_until,
 };
+use serde_json::Value;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
@@ -60,8 +61,25 @@ fn a_repository_that_never_answers() -> Result<()> {
     instance.backup_is("data", "full", Some("first-backup"))?;
 
     let writer = Recorder::start(&node, 0..64 * MIB / 4096, 0xd02, Duration::ZERO)?;
+    // Slowly, so that the repository dies in the middle: after the instant, with most blocks still to be read.
+    let words = [
+        "backup",
+        "data",
+        "--full",
+        "--max-read-rate",
+        "8 MiB/s",
+        "--json",
+    ];
+    let backup = instance.ctl_start(&words)?;
+    wait_until(
+        "the backup has read something",
+        Duration::from_secs(60),
+        || {
+            let status = instance.status("data")?;
+            Ok(status.pointer("/job/done_bytes").and_then(Value::as_u64) > Some(0))
+        },
+    )?;
     let stopped = Stopped::new(vec![store.keeper_pid("shelf")?, store.server_pid("shelf")?])?;
-    let backup = instance.ctl_start(&["backup", "data", "--full", "--json"])?;
     let mut slowest = 0.0_f64;
     let watch = Stopwatch::start();
     let mut written = writer.written();
