@@ -1,6 +1,7 @@
 //! The marker beside a bitmap file: whether a life of the volume is running, and which one ended (P4).
 //!
-//! It is never deleted, always 512 bytes, and overwritten in place, so that a disk writes it whole or not at all.
+//! It is always 512 bytes and overwritten in place, so that a disk writes it whole or not at all. It is not deleted,
+//! unless it cannot be written any more: no marker, no belief.
 //! **Invariant**: `closed` names a life whose bitmap file is durable; whoever may write says `open` first.
 
 use crate::{FormatError, on_disk};
