@@ -71,3 +71,47 @@ impl Log {
         usize::try_from(at % size).unwrap_or(0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blktide_sys::memfd::Memfd;
+    use blktide_types::geometry::Geometry;
+    use blktide_types::unit::BlockSize;
+
+    fn ring(log_bytes: usize) -> (Log, Log) {
+        let block = BlockSize::DEFAULT;
+        let mut shape = Shape::usual(Geometry::new(1 << 20, block, block, 512, 512).unwrap());
+        shape.log_bytes = log_bytes;
+        let bytes = (shape.control_words() * WORD_BYTES) as u64;
+        let memory = Memfd::create("blktide-test", bytes).unwrap();
+        let memory = Arc::new(Mapping::new(&memory).unwrap());
+        (Log::new(&memory, &shape), Log::new(&memory, &shape))
+    }
+
+    #[test]
+    fn lines_come_out_as_they_went_in() {
+        let (writer, mut reader) = ring(256);
+        assert_eq!(reader.drain(), "");
+        for round in 0..100 {
+            writer.say(&format!("line {round}"));
+            writer.say("and – not only ASCII");
+            assert_eq!(
+                reader.drain(),
+                format!("line {round}\nand – not only ASCII\n")
+            );
+        }
+    }
+
+    /// Nobody drains: the newest lines are there, and nothing else was written over.
+    #[test]
+    fn what_is_not_drained_is_overwritten() {
+        let (writer, mut reader) = ring(64);
+        for round in 0..1000 {
+            writer.say(&format!("line {round}"));
+        }
+        let text = reader.drain();
+        assert!(text.ends_with("line 998\nline 999\n"), "{text}");
+        assert!(text.len() <= 64);
+    }
+}

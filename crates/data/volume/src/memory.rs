@@ -160,3 +160,36 @@ impl Memory for ForeignMemory {
         Err(io::ErrorKind::PermissionDenied.into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bank_is_zero_when_it_is_prepared_and_keeps_its_bits_when_it_is_settled() {
+        let memory = SharedMemory::create("blktide-test", 4 * 512).unwrap();
+        let words = memory.words();
+        for word in words {
+            word.store(u64::MAX, Ordering::Relaxed);
+        }
+        // 600 words: all of one page, a part of the next, which is the bank's to its end.
+        memory.prepare(512..512 + 600).unwrap();
+        assert_eq!(words[511].load(Ordering::Relaxed), u64::MAX);
+        assert_eq!(words[512].load(Ordering::Relaxed), 0);
+        assert_eq!(words[512 + 599].load(Ordering::Relaxed), 0);
+        assert_eq!(words[3 * 512].load(Ordering::Relaxed), u64::MAX);
+        words[1100].store(5, Ordering::Relaxed);
+        memory.settle(512..512 + 600);
+        assert_eq!(words[1100].load(Ordering::Relaxed), 5);
+        assert_eq!(words[600].load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn what_only_reads_sees_what_is_written() {
+        let memory = SharedMemory::create("blktide-test", 8).unwrap();
+        let other = ForeignMemory::from_fd(memory.read_only().unwrap()).unwrap();
+        memory.words()[3].store(9, Ordering::Relaxed);
+        assert_eq!(other.words()[3].load(Ordering::Relaxed), 9);
+        other.prepare(0..1).unwrap_err();
+    }
+}
