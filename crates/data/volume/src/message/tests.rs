@@ -86,7 +86,7 @@ fn what_is_no_message_is_garbage() {
 #[test]
 fn a_packet_of_anything_does_not_end_the_connection() {
     let (client, server) = PacketSocket::pair().unwrap();
-    client.send(&[0xff; 40_000], &[]).unwrap();
+    client.send(&vec![0xff; 40_000], &[]).unwrap();
     client.send(b"{\"verb\":\"status\"}", &[]).unwrap();
     let first = transport::receive::<Request>(&server).unwrap();
     assert!(matches!(first, Incoming::Garbage));
