@@ -9,8 +9,9 @@
 
 use crate::error::ImageError;
 use crate::reader::ImageReader;
-use blktide_repo::{ClaimState, RepoError, Repository};
-use blktide_types::id::{ObjectId, VolumeId};
+use blktide_format::claim::Outcome;
+use blktide_repo::{RepoError, Repository};
+use blktide_types::id::{ObjectId, SessionId, VolumeId};
 use blktide_types::range::BlockRange;
 use packs::Packs;
 use std::collections::{BTreeMap, BTreeSet};
@@ -140,17 +141,15 @@ impl Search<'_> {
         let mut seen = BTreeSet::new();
         let mut readers = Vec::new();
         let newest = sequences.iter().rev().find(|s| {
-            let image = self.repository.image(volume, **s);
-            image.is_ok_and(|i| i.is_some())
+            let end = self.repository.end_facts(volume, **s).ok().flatten();
+            end.is_some_and(|e| matches!(e.outcome, Outcome::Committed { .. }))
         });
         self.packs.clear();
         for sequence in sequences {
             if self.is_ended() {
                 return images;
             }
-            if is_all {
-                self.claim(volume, *sequence);
-            }
+            let session = is_all.then(|| self.claim(volume, *sequence)).flatten();
             let reader = match ImageReader::open(self.repository, volume, *sequence) {
                 Ok(reader) => reader,
                 Err(ImageError::Repository(RepoError::NoImage)) => continue,
@@ -161,6 +160,10 @@ impl Search<'_> {
                 }
             };
             images += 1;
+            if session.is_some_and(|s| s != reader.head().session) {
+                let field = blktide_format::FormatError::Identity { field: "session" };
+                self.note(Some(volume), Some(*sequence), None, &field);
+            }
             self.manifest(&reader);
             walk::image(self, &reader, &seen, newest == Some(sequence));
             seen.insert(walk::session_of(ObjectId(reader.head().session.0)));
@@ -180,18 +183,10 @@ impl Search<'_> {
         images
     }
 
-    /// A claim and its end.
-    fn claim(&self, volume: VolumeId, sequence: u64) {
+    /// A claim and its end. Returns the claim's session.
+    fn claim(&self, volume: VolumeId, sequence: u64) -> Option<SessionId> {
         match self.repository.claim_entry(volume, sequence) {
-            Ok(entry) => {
-                if let ClaimState::Committed(_) = entry.state
-                    && let Ok(Some(image)) = self.repository.image(volume, sequence)
-                    && image.head.session != entry.facts.session
-                {
-                    let field = blktide_format::FormatError::Identity { field: "session" };
-                    self.note(Some(volume), Some(sequence), None, &field);
-                }
-            }
+            Ok(entry) => return Some(entry.facts.session),
             Err(RepoError::NoImage) => {
                 // A folder alone is what a cut leaves that came before the claim.
                 if !matches!(self.repository.end_facts(volume, sequence), Ok(None)) {
@@ -200,6 +195,7 @@ impl Search<'_> {
             }
             Err(e) => self.note(Some(volume), Some(sequence), None, &e),
         }
+        None
     }
 
     /// All of a manifest behind its prefix, and that the packs it names are there.

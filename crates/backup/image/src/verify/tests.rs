@@ -4,7 +4,9 @@ use super::{Depth, Proof, verify};
 use crate::testing::{Model, VOLUME, World, facts, geometry};
 use crate::{ImageError, ImageReader};
 use blktide_format::claim::{EndFacts, Outcome, decode_end, encode_end};
-use blktide_format::manifest::{ImageKind, Prefix, Section, decode_prefix, encode_prefix};
+use blktide_format::manifest::{
+    ImageKind, PackRow, Prefix, Section, decode_prefix, encode_packs, encode_prefix,
+};
 use blktide_format::page::{BlockKind, Child};
 use blktide_repo::{MemoryStore, Repository};
 use blktide_testkit::seed::Seed;
@@ -328,6 +330,21 @@ fn pages_that_point_elsewhere_are_refused() {
         add(1, 0, &inner.content_bytes(), inner.encode())
     };
     let loop_to = root(vec![good, good]);
+    // A frame whose checksum is right and whose blocks are others: the digests in the leaf are what finds it.
+    let other = vec![55; 16 * 4096];
+    let frame = session
+        .append(&NewEntry {
+            kind: EntryKind::Frame { blocks: 0xFFFF },
+            first_block: 0,
+            block_shift: 12,
+            codec: Codec::Raw,
+            raw_bytes: 16 * 4096,
+            payload: &other,
+        })
+        .unwrap();
+    let mut other_frames = (*leaf).clone();
+    other_frames.frames[0] = frame;
+    let other_bytes = root(vec![of_leaf(&other_frames), honest.child(0, 1).unwrap()]);
     let roots = [
         root(vec![good, wrong_place]),
         root(vec![wrong_place, good]),
@@ -336,6 +353,18 @@ fn pages_that_point_elsewhere_are_refused() {
         good,
     ];
     session.seal().unwrap();
+    let store = forge(&world, 2, |p| p.root = other_bytes);
+    let repository = Repository::open(Arc::new(store)).unwrap();
+    let reader = ImageReader::open(&repository, VOLUME, 2).unwrap();
+    let mut buf = vec![0; 70 * 4096];
+    let salvaged = reader
+        .salvage_blocks(reader.geometry().all_blocks(), &mut buf)
+        .unwrap();
+    assert_eq!(salvaged.kinds.iter().filter(|k| k.is_none()).count(), 14);
+    assert!(
+        buf[..4096].iter().all(|b| *b == 0),
+        "no byte of it is handed out"
+    );
     for (n, root) in roots.iter().enumerate() {
         let store = forge(&world, 2, |p| p.root = *root);
         assert!(is_found(&store, Depth::Structure), "forged tree {n}");
@@ -348,6 +377,49 @@ fn pages_that_point_elsewhere_are_refused() {
             "forged tree {n}"
         );
     }
+}
+
+/// A pack table that does not count what the tree uses: prune would delete what is needed.
+#[test]
+fn wrong_use_counts_are_found() {
+    let world = small(Seed::of_test("wrong_use_counts_are_found"));
+    let rows = world.reader(2).packs().unwrap();
+    let with = |change: &dyn Fn(&mut Vec<PackRow>)| {
+        let mut rows = rows.clone();
+        change(&mut rows);
+        let table = encode_packs(&rows);
+        let store = forge(&world, 2, |p| {
+            let grown = table.len() as u64;
+            let shrunk = p.sections[0].bytes;
+            p.sections[0].bytes = grown;
+            p.sections[0].digest = Digest(*blake3::hash(&table).as_bytes());
+            for section in &mut p.sections[1..] {
+                section.offset_bytes += grown;
+                section.offset_bytes -= shrunk;
+            }
+        });
+        let name = format!("volumes/{VOLUME}/2/manifest");
+        let mut manifest = store.bytes(&name);
+        let old = encode_packs(&world.reader(2).packs().unwrap()).len();
+        manifest.splice(4096..4096 + old, table);
+        store.put(&name, Some(manifest));
+        store
+    };
+    assert!(!is_found(&with(&|_| ()), Depth::Data), "unchanged");
+    assert!(is_found(
+        &with(&|rows| rows[0].frames += 1),
+        Depth::Structure
+    ));
+    assert!(is_found(
+        &with(&|rows| rows[1].pages -= 1),
+        Depth::Structure
+    ));
+    assert!(is_found(&with(&|rows| rows.truncate(1)), Depth::Structure));
+    assert!(is_found(
+        &with(&|rows| rows[0].digest = Digest([1; 32])),
+        Depth::Data
+    ));
+    assert!(is_found(&with(&|rows| rows[0].entries += 1), Depth::Data));
 }
 
 /// What an older image has shown is not read again, and what only a missing image would have shown is read all the same.
