@@ -27,11 +27,11 @@ fn explore(name: &str, worlds: u64) -> Result<Seen, String> {
     Ok(seen)
 }
 
-/// req B1, A8, A9: 200,000 random operations, content, changed sets and snapshots compared after each.
+/// req B1, A8, A9: 400,000 random operations, content, changed sets and snapshots compared after each.
 /// `BLKTIDE_OPS` asks for more.
 #[test]
 fn no_change_is_missed_and_each_image_is_its_instant() {
-    let ops: u64 = std::env::var("BLKTIDE_OPS").map_or(200_000, |t| t.parse().unwrap());
+    let ops: u64 = std::env::var("BLKTIDE_OPS").map_or(400_000, |t| t.parse().unwrap());
     let worlds = ops.div_ceil(u64::try_from(OPS_PER_WORLD).unwrap());
     let seen = explore("engine model", worlds).unwrap();
     println!("{seen:?}");
