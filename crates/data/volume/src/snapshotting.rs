@@ -97,6 +97,12 @@ impl Server {
         asked: SnapshotRequest,
         descriptors: Vec<OwnedFd>,
     ) {
+        // A revoked one is over, though its reader may hang in a repository for ever: it stays revoked, for the word
+        // names all older sequences.
+        let over = |open: &Open| open.living.revoked().is_some();
+        if self.open.as_ref().is_some_and(over) {
+            self.end_snapshot();
+        }
         if self.open.is_some() || self.pending.is_some() {
             let why = "another backup of this volume is under way";
             return self.refuse(connection, Refusal::SnapshotExists, why);
