@@ -1,6 +1,7 @@
 //! req A4: opening the newest image and restoring one block after 1, 100 and 1000 incrementals, in a real folder.
 //!
 //! That requests, objects and bytes stay the same is asserted by a test; here are the times.
+#![forbid(unsafe_code)]
 #![expect(
     clippy::print_stdout,
     clippy::unwrap_used,

@@ -4,11 +4,12 @@ use super::{Depth, Proof, verify};
 use crate::testing::{Model, VOLUME, World, facts, geometry};
 use crate::{ImageError, ImageReader};
 use blktide_format::claim::{EndFacts, Outcome, decode_end, encode_end};
+use blktide_format::entry::{Codec, EntryKind, Place};
 use blktide_format::manifest::{
     ImageKind, PackRow, Prefix, Section, decode_prefix, encode_packs, encode_prefix,
 };
-use blktide_format::page::{BlockKind, Child};
-use blktide_repo::{MemoryStore, Repository};
+use blktide_format::page::{BlockKind, Child, Inner, Leaf};
+use blktide_repo::{MemoryStore, NewEntry, Repository, Session};
 use blktide_testkit::seed::Seed;
 use blktide_types::clock::WallTime;
 use blktide_types::id::Digest;
@@ -224,7 +225,7 @@ fn hostile_manifests_are_refused() {
     let moved = |offset_bytes, stored_bytes, raw_bytes| Child::Page {
         content,
         physical,
-        place: blktide_format::entry::Place {
+        place: Place {
             offset_bytes,
             stored_bytes,
             raw_bytes,
@@ -278,105 +279,124 @@ fn hostile_manifests_are_refused() {
     }
 }
 
-/// A forged page: its digests and checksums are right, its entries point at itself or at another leaf's frames.
-#[test]
-fn pages_that_point_elsewhere_are_refused() {
-    use crate::digest::of_stored;
-    use blktide_format::entry::{Codec, EntryKind};
-    use blktide_format::page::{Inner, Leaf};
-    use blktide_repo::NewEntry;
-    let world = small(Seed::of_test("pages_that_point_elsewhere_are_refused"));
-    let honest = world.reader(2);
-    let crate::reader::LeafNode::Page(leaf) = honest.leaf(0).unwrap() else {
-        panic!("a page");
-    };
-    // A session that never ends is the way to get forged pages into a pack.
-    let session = world
-        .repository
-        .claim(&world.request(None), &world.random)
-        .unwrap();
-    let add = |level, first_block, content: &[u8], payload: Vec<u8>| {
-        let place = session
-            .append(&NewEntry {
-                kind: EntryKind::Page { level },
-                first_block,
-                block_shift: 12,
-                codec: Codec::Raw,
-                raw_bytes: u32::try_from(payload.len()).unwrap(),
-                payload: &payload,
-            })
-            .unwrap();
-        Child::Page {
-            content: honest.digests().of_content(content),
-            physical: of_stored(&payload),
-            place,
+/// Puts pages into packs whose digests and checksums are right, by a session that never ends.
+struct Forger<'a> {
+    world: &'a World,
+    honest: ImageReader,
+    session: Session,
+    leaf: Leaf,
+}
+
+impl<'a> Forger<'a> {
+    fn new(world: &'a World) -> Self {
+        let honest = world.reader(2);
+        let crate::reader::LeafNode::Page(leaf) = honest.leaf(0).unwrap() else {
+            panic!("a page");
+        };
+        let claim = world.repository.claim(&world.request(None), &world.random);
+        Self {
+            world,
+            leaf: (*leaf).clone(),
+            honest,
+            session: claim.unwrap(),
         }
-    };
-    let of_leaf = |leaf: &Leaf| add(0, leaf.first_block, &leaf.content_bytes(), leaf.encode());
-    let elsewhere = Leaf {
-        first_block: 64,
-        blocks: leaf.blocks[..6].to_vec(),
-        ..(*leaf).clone()
-    };
-    let good = of_leaf(&leaf);
-    let wrong_place = of_leaf(&elsewhere);
-    let root = |children: Vec<Child>| {
+    }
+
+    fn entry(&self, kind: EntryKind, first_block: u64, payload: &[u8]) -> Place {
+        let entry = NewEntry {
+            kind,
+            first_block,
+            block_shift: 12,
+            codec: Codec::Raw,
+            raw_bytes: u32::try_from(payload.len()).unwrap(),
+            payload,
+        };
+        self.session.append(&entry).unwrap()
+    }
+
+    fn leaf(&self, leaf: &Leaf) -> Child {
+        let payload = leaf.encode();
+        Child::Page {
+            content: self.honest.digests().of_content(&leaf.content_bytes()),
+            physical: crate::digest::of_stored(&payload),
+            place: self.entry(EntryKind::Page { level: 0 }, leaf.first_block, &payload),
+        }
+    }
+
+    fn root(&self, children: Vec<Child>) -> Child {
         let inner = Inner {
             level: 1,
             first_block: 0,
             block_shift: 12,
             children,
         };
-        add(1, 0, &inner.content_bytes(), inner.encode())
-    };
-    let loop_to = root(vec![good, good]);
-    // A frame whose checksum is right and whose blocks are others: the digests in the leaf are what finds it.
-    let other = vec![55; 16 * 4096];
-    let frame = session
-        .append(&NewEntry {
-            kind: EntryKind::Frame { blocks: 0xFFFF },
-            first_block: 0,
-            block_shift: 12,
-            codec: Codec::Raw,
-            raw_bytes: 16 * 4096,
-            payload: &other,
-        })
-        .unwrap();
-    let mut other_frames = (*leaf).clone();
-    other_frames.frames[0] = frame;
-    let other_bytes = root(vec![of_leaf(&other_frames), honest.child(0, 1).unwrap()]);
+        let payload = inner.encode();
+        Child::Page {
+            content: self.honest.digests().of_content(&inner.content_bytes()),
+            physical: crate::digest::of_stored(&payload),
+            place: self.entry(EntryKind::Page { level: 1 }, 0, &payload),
+        }
+    }
+
+    /// The store and an open reader, with `root` for image 2's.
+    fn with_root(&self, root: Child) -> (MemoryStore, ImageReader) {
+        self.session.seal().unwrap();
+        let store = forge(self.world, 2, |p| p.root = root);
+        let repository = Repository::open(Arc::new(store.clone())).unwrap();
+        let reader = ImageReader::open(&repository, VOLUME, 2).unwrap();
+        (store, reader)
+    }
+}
+
+/// req X6: pages that point at themselves, at another leaf, or that have too few entries.
+#[test]
+fn pages_that_point_elsewhere_are_refused() {
+    let world = small(Seed::of_test("pages_that_point_elsewhere_are_refused"));
+    let forger = Forger::new(&world);
+    let good = forger.leaf(&forger.leaf);
+    let elsewhere = forger.leaf(&Leaf {
+        first_block: 64,
+        blocks: forger.leaf.blocks[..6].to_vec(),
+        ..forger.leaf.clone()
+    });
+    let loop_to = forger.root(vec![good, good]);
     let roots = [
-        root(vec![good, wrong_place]),
-        root(vec![wrong_place, good]),
-        root(vec![loop_to, loop_to]),
-        root(vec![good]),
+        forger.root(vec![good, elsewhere]),
+        forger.root(vec![elsewhere, good]),
+        forger.root(vec![loop_to, loop_to]),
+        forger.root(vec![good]),
         good,
     ];
-    session.seal().unwrap();
-    let store = forge(&world, 2, |p| p.root = other_bytes);
-    let repository = Repository::open(Arc::new(store)).unwrap();
-    let reader = ImageReader::open(&repository, VOLUME, 2).unwrap();
+    for (n, root) in roots.iter().enumerate() {
+        let (store, reader) = forger.with_root(*root);
+        assert!(is_found(&store, Depth::Structure), "forged tree {n}");
+        let mut buf = vec![0; 70 * 4096];
+        let read = reader.read_blocks(reader.geometry().all_blocks(), &mut buf);
+        assert!(
+            matches!(read, Err(ImageError::Damaged { .. })),
+            "forged tree {n}"
+        );
+    }
+}
+
+/// req X6: a frame whose checksum is right and whose blocks are others. The digests in the leaf are what finds it.
+#[test]
+fn a_frame_of_other_content_is_found() {
+    let world = small(Seed::of_test("a_frame_of_other_content_is_found"));
+    let forger = Forger::new(&world);
+    let other = vec![55; 16 * 4096];
+    let frame = forger.entry(EntryKind::Frame { blocks: 0xFFFF }, 0, &other);
+    let mut leaf = forger.leaf.clone();
+    leaf.frames[0] = frame;
+    let last = forger.honest.child(0, 1).unwrap();
+    let (store, reader) = forger.with_root(forger.root(vec![forger.leaf(&leaf), last]));
+    assert!(is_found(&store, Depth::Data));
     let mut buf = vec![0; 70 * 4096];
     let salvaged = reader
         .salvage_blocks(reader.geometry().all_blocks(), &mut buf)
         .unwrap();
     assert_eq!(salvaged.kinds.iter().filter(|k| k.is_none()).count(), 14);
-    assert!(
-        buf[..4096].iter().all(|b| *b == 0),
-        "no byte of it is handed out"
-    );
-    for (n, root) in roots.iter().enumerate() {
-        let store = forge(&world, 2, |p| p.root = *root);
-        assert!(is_found(&store, Depth::Structure), "forged tree {n}");
-        let repository = Repository::open(Arc::new(store)).unwrap();
-        let reader = ImageReader::open(&repository, VOLUME, 2).unwrap();
-        let all = reader.geometry().all_blocks();
-        let mut buf = vec![0; 70 * 4096];
-        assert!(
-            reader.read_blocks(all, &mut buf).is_err(),
-            "forged tree {n}"
-        );
-    }
+    assert!(!buf.contains(&55), "no byte of it is handed out");
 }
 
 /// A pack table that does not count what the tree uses: prune would delete what is needed.
