@@ -31,7 +31,11 @@ impl Fio {
         let tool = Tool::new("fio")
             .arg(format!("--name={name}"))
             .arg(format!("--filename={}", target.display()))
-            .args(["--output-format=json", "--allow_mounted_write=1"])
+            .args([
+                "--output-format=json",
+                "--allow_mounted_write=1",
+                "--verify_state_save=0",
+            ])
             .args(options.iter().map(|o| format!("--{o}")));
         Self { tool }
     }

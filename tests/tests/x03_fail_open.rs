@@ -68,3 +68,42 @@ fn servers_that_keep_dying() -> Result<()> {
     instance.backup_is("data", "incremental", None)?;
     instance.detach("data")
 }
+
+/// req X3: the path of the backing device leads elsewhere, or nowhere, when a server dies: its successor goes on with the same device.
+/// trap TC7: another device at the old name is not written to.
+#[test]
+fn the_path_of_the_device_is_not_asked_again() -> Result<()> {
+    let instance = Instance::started("x03")?;
+    let backing = instance.join("backing");
+    fill_file(&backing, 16 * MIB)?;
+    let before = instance.join("before");
+    std::fs::copy(&backing, &before)?;
+    instance.repo_init("main")?;
+    let node = instance.volume_add("data", &backing, &[])?;
+    let writer = Recorder::start(&node, 0..16 * MIB / 4096, 5, Duration::ZERO)?;
+    let moved = instance.join("moved");
+    std::fs::rename(&backing, &moved)?;
+    fill_file(&backing, 16 * MIB)?;
+    let other = instance.join("other");
+    std::fs::copy(&backing, &other)?;
+    for _ in 0..3 {
+        let now = status(&instance)?;
+        kill(now.pid, "KILL")?;
+        let seen = writer.written();
+        wait_until("writes go on", Duration::from_secs(20), || {
+            Ok(writer.written() > seen + 200)
+        })?;
+    }
+    let record = writer.finish()?;
+    blktide_tests::same_bytes(&backing, &other, 16 * MIB)?;
+    instance.detach("data")?;
+    let held = record.prefix_of(&moved, Some(&before), 16 * MIB / 4096)?;
+    ensure!(
+        held == record.count(),
+        "it holds write {held} of {}",
+        record.count()
+    );
+    std::fs::rename(&moved, &backing)?;
+    instance.attach("data")?;
+    instance.detach("data")
+}

@@ -34,7 +34,8 @@ const ONLY: &[(&str, &[&str])] = &[
     ("nix", &["blktide-sys"]),
     ("io-uring", &["blktide-sys"]),
     ("loom", &["blktide-engine"]),
-    ("zstd", &["blktide-image"]),
+    // blktide-job: its bench compares with the plain pipeline.
+    ("zstd", &["blktide-image", "blktide-job"]),
     ("clap", PROGRAM),
     ("indicatif", PROGRAM),
     ("tracing-subscriber", PROGRAM),

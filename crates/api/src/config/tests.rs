@@ -189,7 +189,8 @@ fn errors_name_file_and_line() {
 #[test]
 fn written_files_read_back() {
     let mut config = load(&[
-        ("/etc/blktide/volumes.d/b.toml", "device='/dev/disk/by-id/x \"y\"'\nattach='manual'\nexclusive=true\nblock_size='4 KiB'\nrepository='r2'\n[save_area]\nmemory='3 MiB'\noverflow='wait'\nwait_limit='1500 ms'"),
+        ("/etc/blktide/volumes.d/b.toml", "device='/dev/disk/by-id/x \"y\"'\nattach='manual'\n\
+             exclusive=true\nblock_size='4 KiB'\nrepository='r2'\n[save_area]\nmemory='3 MiB'\noverflow='wait'\nwait_limit='1500 ms'"),
         ("/etc/blktide/volumes.d/a.toml", "device='/x'"),
         ("/etc/blktide/repositories.d/r2.toml", "path='/r'\nkeep={last=3, daily=2}\nmin_free='5 %'\nplaintext=true"),
     ])

@@ -4,6 +4,7 @@
 //! being all they share. Both run in one process, in turn, from memory, into one folder, so that their ratio means something on a
 //! busy machine: of each the best of three counts. `BLKTIDE_BENCH_MIB` (512) sizes the volume, `BLKTIDE_BENCH_FOLDER` (/dev/shm)
 //! says where the repository lies.
+#![forbid(unsafe_code)]
 #![expect(
     clippy::print_stdout,
     clippy::unwrap_used,

@@ -1,4 +1,5 @@
 //! What marking and the fast path cost: `cargo bench -p blktide-engine`. Prints; asserts nothing about time.
+#![forbid(unsafe_code)]
 #![expect(
     clippy::print_stdout,
     clippy::unwrap_used,
