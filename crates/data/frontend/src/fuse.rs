@@ -263,3 +263,6 @@ impl Frontend for FuseFrontend {
         self.free.clear();
     }
 }
+
+#[cfg(test)]
+mod tests;
