@@ -244,6 +244,12 @@ pub fn open_direct_write(path: &Path) -> Result<OwnedFd> {
     open_with(path, OFlag::O_RDWR | OFlag::O_DIRECT)
 }
 
+/// Notes the place that `path` leads to (`O_PATH`): neither read nor written through, it finds the same file or device again
+/// by `/proc/self/fd/N`, whatever the path leads to then.
+pub fn open_place(path: &Path) -> Result<OwnedFd> {
+    open_with(path, OFlag::O_PATH)
+}
+
 /// Opens `path` for reading, through the page cache.
 pub fn open_read(path: &Path) -> Result<OwnedFd> {
     open_with(path, OFlag::O_RDONLY)

@@ -20,7 +20,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 /// Number of the first descriptor in a server.
 pub(crate) const FIRST_NUMBER: RawFd = 3;
 /// Descriptors in all.
-pub(crate) const COUNT: usize = 8;
+pub(crate) const COUNT: usize = 9;
 /// Bytes of the longest options.
 const OPTIONS_BYTES_MAX: usize = 64 << 10;
 
@@ -43,6 +43,8 @@ pub(crate) struct Inherited {
     pub(crate) options: OwnedFd,
     /// The other process: the keeper, in a server; the server, in a keeper.
     pub(crate) other: PidFd,
+    /// Where the backing device is (`O_PATH`): a successor finds the same one, whatever its path leads to by then.
+    pub(crate) place: OwnedFd,
 }
 
 impl Inherited {
@@ -66,6 +68,7 @@ impl Inherited {
                 program,
                 options,
                 other,
+                place,
             ],
         ) = list
         else {
@@ -83,10 +86,11 @@ impl Inherited {
             program: Program::from_fd(program).map_err(io::Error::other)?,
             options,
             other: PidFd::from_fd(other).map_err(io::Error::other)?,
+            place,
         })
     }
 
-    /// The list, in the order of the numbers; `other` in the last place.
+    /// The list, in the order of the numbers; `other` is who hands it on.
     pub(crate) fn descriptors<'a>(&'a self, other: &'a PidFd) -> [BorrowedFd<'a>; COUNT] {
         [
             self.control.as_fd(),
@@ -97,6 +101,7 @@ impl Inherited {
             self.program.as_descriptor(),
             self.options.as_fd(),
             other.as_fd(),
+            self.place.as_fd(),
         ]
     }
 }
@@ -145,6 +150,7 @@ mod tests {
             program: Program::this().unwrap(),
             options: options_in_memory(&VolumeOptions::new("data", "/dev/null")).unwrap(),
             other: PidFd::of_self().unwrap(),
+            place: std::fs::File::open("/dev/null").unwrap().into(),
         }
     }
 

@@ -28,7 +28,9 @@ use blktide_sys::{mapping, process};
 use blktide_types::clock::{Clock, Random};
 use blktide_types::id::GenerationName;
 use std::io;
-use std::path::PathBuf;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -102,7 +104,7 @@ fn serve(
     let log = Log::new(memories.control.mapping(), &shape);
     let (engine, mut tracker, backing, life);
     if role == Role::First {
-        backing = fence(start, Some(FENCE_LIMIT))?;
+        backing = fence(start, &inherited, Some(FENCE_LIMIT))?;
         engine = Engine::create(&shared, &banks, shape).map_err(engine_error)?;
         tracker = engine.control();
         life = bitmap::open(start, &backing, &engine, &mut tracker, &log)?;
@@ -115,7 +117,7 @@ fn serve(
             tracker.pass_through(wall, name);
             engine.set_word(control::STATE, word::PASSING_THROUGH);
         }
-        backing = fence(start, None)?;
+        backing = fence(start, &inherited, None)?;
         life = Life::of_words(&engine);
     }
     engine.set_word(control::WARNINGS, engine.word(control::WARNINGS) | warnings);
@@ -228,21 +230,39 @@ impl Drop for End {
     }
 }
 
-fn fence(start: &Start, limit: Option<Duration>) -> Result<Backing, VolumeError> {
+/// The backing device, ours alone. A first server (`limit`) takes what stands at the path; a successor what its predecessor had,
+/// also if the path leads elsewhere by now.
+fn fence(
+    start: &Start,
+    inherited: &Inherited,
+    limit: Option<Duration>,
+) -> Result<Backing, VolumeError> {
     let deadline = limit.map(|l| SystemClock.now().after(l));
-    let path = &start.options.device;
+    let place = PathBuf::from(format!("/proc/self/fd/{}", inherited.place.as_raw_fd()));
+    let path = if limit.is_some() {
+        &start.options.device
+    } else {
+        &place
+    };
     let backing = Backing::open(path, &SystemClock, deadline)
         .map_err(|e| VolumeError::Device { source: e })?;
     let limits = backing.limits();
     let same = limits.volume_bytes == start.volume_bytes
-        && limits.logical_sector_bytes == start.logical_sector_bytes;
-    if same {
+        && limits.logical_sector_bytes == start.logical_sector_bytes
+        && is_same(path, &place);
+    // A successor goes on in any case: what it can serve it must serve.
+    if same || limit.is_none() {
         Ok(backing)
     } else {
         Err(VolumeError::Layout {
-            why: "the backing device has another size than when it was attached".to_owned(),
+            why: "the backing device was changed while it was being attached".to_owned(),
         })
     }
+}
+
+fn is_same(a: &Path, b: &Path) -> bool {
+    let what = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino(), m.rdev()));
+    matches!((what(a), what(b)), (Ok(a), Ok(b)) if a == b)
 }
 
 /// Makes this process one that memory pressure does not stop. What is refused becomes a warning.

@@ -246,7 +246,7 @@ impl Server {
             self.tracker.release(hold);
             self.queues.ring();
             self.distrust(reason, &detail);
-            return self.plan_again(pending);
+            return self.plan_again(pending, &detail);
         }
         let wall = SystemClock.wall();
         match self.tracker.commit(hold, &pending.prepared, now) {
@@ -256,7 +256,7 @@ impl Server {
             }
             Err(EngineError::PlanStale) => {
                 self.queues.ring();
-                self.plan_again(pending);
+                self.plan_again(pending, "the tracker changed meanwhile; try again");
             }
             Err(_) => {
                 self.queues.ring();
@@ -266,7 +266,7 @@ impl Server {
         }
     }
 
-    fn plan_again(&mut self, mut pending: Pending) {
+    fn plan_again(&mut self, mut pending: Pending, why: &str) {
         self.tracker.abandon(&pending.prepared);
         let planned = self.plan(pending.id, &pending.asked, &pending.absent, &pending.made);
         match planned {
@@ -276,7 +276,7 @@ impl Server {
             }
             Ok(prepared) => {
                 self.tracker.abandon(&prepared);
-                self.refuse(pending.connection, Refusal::Busy, "the tracker changed");
+                self.refuse(pending.connection, Refusal::Busy, why);
             }
             Err(e) => self.refuse(pending.connection, Refusal::Failed, &chain(&e)),
         }

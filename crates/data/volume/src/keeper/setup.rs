@@ -85,6 +85,7 @@ pub(super) fn fresh(start: &Start, shape: &Shape) -> Result<Inherited, VolumeErr
     let program = Program::this().map_err(sys("copy the program for"))?;
     let told = options_in_memory(start).map_err(|e| io("store the options of", &path, e))?;
     let other = PidFd::of_self().map_err(sys("watch"))?;
+    let place = fs::open_place(&options.device).map_err(sys("find the device of"))?;
     let mount_point = options.mount_point();
     fs::create_folders(&mount_point, 0o700).map_err(sys("make the mount point of"))?;
     let max_write = u32::try_from(shape.slot_payload_bytes).unwrap_or(u32::MAX);
@@ -108,6 +109,7 @@ pub(super) fn fresh(start: &Start, shape: &Shape) -> Result<Inherited, VolumeErr
         program,
         options: told,
         other,
+        place,
     })
 }
 

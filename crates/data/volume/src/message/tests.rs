@@ -38,7 +38,8 @@ fn requests_are_these_texts() {
                 hold_deadline_ms: 500,
             }),
             format!(
-                r#"{{"verb":"snapshot_begin","base":"{id}","absent":"listed","save_area":{{"memory":{{"limit_bytes":7}}}},"overflow":"give-up","wait_limit_ms":5000,"hold_deadline_ms":500}}"#
+                r#"{{"verb":"snapshot_begin","base":"{id}","absent":"listed",{}}}"#,
+                r#""save_area":{"memory":{"limit_bytes":7}},"overflow":"give-up","wait_limit_ms":5000,"hold_deadline_ms":500"#
             ),
         ),
         (
