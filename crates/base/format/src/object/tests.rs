@@ -140,7 +140,10 @@ fn pages() -> (Vec<u8>, Vec<u8>) {
 proptest! {
     /// req X6: pages have no checksum of their own. Whatever decodes is the one encoding of what it says; nothing panics.
     #[test]
-    fn a_page_has_one_encoding(changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4), cut in any::<prop::sample::Index>()) {
+    fn a_page_has_one_encoding(
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+        cut in any::<prop::sample::Index>(),
+    ) {
         let (leaf, inner) = pages();
         for mut bytes in [leaf, inner] {
             for (at, value) in &changes {
@@ -161,7 +164,10 @@ proptest! {
 
     /// A set of blocks and its runs lead to each other, one to one.
     #[test]
-    fn runs_have_one_encoding(len in 1_u64..500, parts in proptest::collection::vec((0_u64..500, 1_u64..60), 0..20), noise in proptest::collection::vec(any::<u8>(), 0..12)) {
+    fn runs_have_one_encoding(
+        len in 1_u64..500, parts in proptest::collection::vec((0_u64..500, 1_u64..60), 0..20),
+        noise in proptest::collection::vec(any::<u8>(), 0..12),
+    ) {
         let mut set = BlockSet::new(BlockCount(len));
         for (start, count) in parts {
             set.insert_range(BlockRange::new(BlockIndex(start), BlockIndex(start + count)).unwrap());
