@@ -112,13 +112,13 @@ fn run_add(add: &Add, common: &Common) -> Result<Exit, Failure> {
         finish(common, "volume add", &add.name, lines);
         return Ok(Exit::Done);
     }
-    for line in lines.drain(..) {
-        output::text(common, &line);
-    }
     // Nothing is written that could not be attached.
     let client = (!add.no_attach)
         .then(|| Client::connect(&config.socket(), None))
         .transpose()?;
+    for line in lines.drain(..) {
+        output::text(common, &line);
+    }
     write_file(&config, &volume)?;
     let attached = if let Some(mut client) = client {
         client
