@@ -14,6 +14,8 @@ const DEATHS_MAX: u32 = 5;
 const LIFE_MIN: Duration = Duration::from_secs(10);
 /// A queue that stands still for so long, with nothing outstanding at the device, hangs (P7).
 const HUNG_AFTER: Duration = Duration::from_secs(10);
+/// The time from one look to the next counts for so much at most.
+const LOOK_MAX: Duration = Duration::from_secs(2);
 /// Longest pause between two servers that die at once.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
@@ -74,26 +76,35 @@ fn load(memory: &Mapping, index: usize) -> u64 {
 /// Whether queues stand still.
 #[derive(Debug, Default)]
 pub(super) struct Hung {
-    /// For each queue its tick, and since when that has been seen.
-    seen: Vec<(u64, Instant)>,
+    /// For each queue its tick, and how long that has been seen.
+    seen: Vec<(u64, Duration)>,
+    last: Option<Instant>,
 }
 
 impl Hung {
     /// Looks once; true if a queue hangs. A slow disk is not a hung server: what waits for the device is left alone.
+    ///
+    /// Time between two looks counts for little: after a suspend it is hours, in which no queue could tick.
     pub(super) fn look(&mut self, memory: &Mapping, shape: &Shape, now: Instant) -> bool {
-        let first = self.seen.len() != shape.queues;
-        if first {
-            self.seen = vec![(0, now); shape.queues];
+        let passed = self
+            .last
+            .map_or(Duration::ZERO, |last| now.since(last).min(LOOK_MAX));
+        self.last = Some(now);
+        if self.seen.len() != shape.queues {
+            self.seen = vec![(0, Duration::ZERO); shape.queues];
         }
         let mut hangs = false;
-        for (index, seen) in self.seen.iter_mut().enumerate() {
+        for (index, (seen, still)) in self.seen.iter_mut().enumerate() {
             let at = |word: usize| load(memory, shape.queue(index).saturating_add(word));
             let tick = at(queue::TICK);
-            if first || tick != seen.0 || at(queue::OUTSTANDING) != 0 {
-                *seen = (tick, now);
-            }
             // Before its first tick a server is taking over, which may wait for the fence.
-            hangs |= tick != 0 && now.since(seen.1) >= HUNG_AFTER;
+            if tick == 0 || tick != *seen || at(queue::OUTSTANDING) != 0 {
+                *still = Duration::ZERO;
+            } else {
+                *still += passed;
+            }
+            *seen = tick;
+            hangs |= *still >= HUNG_AFTER;
         }
         hangs
     }
@@ -187,7 +198,8 @@ mod tests {
             assert!(!hung.look(&memory, &shape, at(s)), "waiting for the device");
         }
         set(queue::OUTSTANDING, 0);
-        let first = (300..400).find(|s| hung.look(&memory, &shape, at(*s)));
-        assert_eq!(first, Some(309));
+        assert!(!hung.look(&memory, &shape, at(10_000)), "a suspend");
+        let first = (10_001..10_100).find(|s| hung.look(&memory, &shape, at(*s)));
+        assert_eq!(first, Some(10_008), "2 s for the suspend, 8 looks");
     }
 }
