@@ -43,7 +43,7 @@ pub(crate) struct Job {
     work: Mutex<Option<Work>>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Work {
     control: Arc<Control>,
     source: Arc<VolumeSource>,
@@ -147,8 +147,13 @@ impl Jobs {
 impl Job {
     fn cancel(&self) {
         self.cancelled.store(true, Ordering::SeqCst);
-        let work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(work) = &*work
+        // Not under the lock: the volume may take its time to answer, and `list` must not.
+        let work = self
+            .work
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if let Some(work) = work
             && work.control.cancel()
         {
             work.source.revoke();
