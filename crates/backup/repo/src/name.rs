@@ -34,7 +34,6 @@ pub fn pack(volume: VolumeId, pack: ObjectId) -> String {
 
 /// The number that a folder's name means; only in the one spelling that is written.
 pub(crate) fn sequence(name: &str) -> Option<u64> {
-    name.parse()
-        .ok()
-        .filter(|n: &u64| *n > 0 && n.to_string() == name)
+    let is_spelled_so = !name.starts_with('0') && name.bytes().all(|b| b.is_ascii_digit());
+    name.parse().ok().filter(|_| is_spelled_so)
 }
