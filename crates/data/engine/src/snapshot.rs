@@ -212,9 +212,14 @@ impl SnapshotView {
         self.readers.complete(self.wanted.blocks())
     }
 
-    /// Takes a block whose bytes were just read from the device; see [`Readers::take`].
+    /// Takes a block whose bytes were just read from the device; see [`Readers::take`]. One that is not wanted is `Gone`:
+    /// nobody preserves it, so what was read may be of any instant.
     pub fn take(&self, block: BlockIndex) -> Found {
-        self.readers.take(block)
+        if self.wanted.contains(block) {
+            self.readers.take(block)
+        } else {
+            Found::Gone
+        }
     }
 }
 

@@ -300,8 +300,9 @@ impl SlotIndex {
 
     /// Server: a free slot, now being filled. `from` is where the last one was found.
     ///
-    /// Never used ones first; then those whose owner is `DONE`: the reader's CAS is the freeing.
-    fn claim(&self, states: &States, from: &mut u32) -> Option<SaveSlot> {
+    /// Never used ones first; then those whose owner is `DONE`: the reader's CAS is the freeing. At most `tries` of these
+    /// are looked at; the next call goes on behind them.
+    fn claim(&self, states: &States, from: &mut u32, tries: u32) -> Option<SaveSlot> {
         let touched = self.touched.at(0)?;
         let mut next = touched.load(Ordering::Relaxed);
         while next < u64::from(self.slots) {
@@ -325,8 +326,10 @@ impl SlotIndex {
         } else {
             Ordering::Acquire
         };
-        for step in 0..self.slots {
-            let slot = SaveSlot((from.wrapping_add(step)) % self.slots);
+        let start = *from;
+        for step in 0..tries.min(self.slots) {
+            let slot = SaveSlot(start.wrapping_add(step) % self.slots);
+            *from = slot.0.wrapping_add(1);
             let owner = self.owner.at(at(slot))?;
             let found = owner.load(Ordering::Acquire);
             let free = found == FREE
@@ -336,7 +339,6 @@ impl SlotIndex {
                     .compare_exchange(found, FILLING, Ordering::AcqRel, Ordering::Relaxed)
                     .is_ok()
             {
-                *from = slot.0.wrapping_add(1);
                 return Some(slot);
             }
         }
@@ -376,6 +378,9 @@ pub struct Writers {
     pub slots: SlotIndex,
     /// Whether the snapshot is revoked.
     pub revocation: Revocation,
+    /// Save slots that a look for a free one goes through at most. Fewer than all only where `Full` means 'look again
+    /// soon': many requests that wait must not keep the queue's thread from its work.
+    pub tries: u32,
 }
 
 impl Writers {
@@ -388,7 +393,7 @@ impl Writers {
                 State::Preserving if broken(Break::NoWaitForPreserving) => return Look::Free,
                 State::Preserving => return Look::Wait,
                 State::Wanted => {
-                    let Some(slot) = self.slots.claim(&self.states, from) else {
+                    let Some(slot) = self.slots.claim(&self.states, from, self.tries) else {
                         return Look::Full;
                     };
                     if self.states.advance(block, State::Wanted, State::Preserving) {
@@ -534,3 +539,7 @@ fn at(slot: SaveSlot) -> usize {
 pub fn slot_offset(slot: SaveSlot, block_bytes: u64) -> u64 {
     u64::from(slot.0).saturating_mul(block_bytes)
 }
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests;

@@ -18,6 +18,9 @@ use blktide_types::set::BlockSet;
 use core::time::Duration;
 use std::sync::Arc;
 
+/// Save slots that a waiting writer looks through at a time.
+const WAITING_TRIES: u32 = 1024;
+
 /// What a base image lacks.
 #[derive(Clone, Copy, Debug)]
 pub enum Absent<'a> {
@@ -194,6 +197,10 @@ impl Control {
                 states: States::new(&memories.states, blocks)?,
                 slots: SlotIndex::new(&memories.index, slots)?,
                 revocation: Revocation::new(&inner.control, sequence)?,
+                tries: match asked.limits.overflow {
+                    Overflow::GiveUp => slots,
+                    Overflow::Wait => slots.min(WAITING_TRIES),
+                },
             },
             before: Words::new(
                 &memories.wanted,

@@ -156,6 +156,7 @@ fn run(w: World) {
             states: states.clone(),
             slots: slots.clone(),
             revocation: revocation.clone(),
+            tries: w.slots,
         },
         readers: Readers {
             states,
