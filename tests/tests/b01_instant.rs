@@ -178,7 +178,7 @@ fn every_image_is_a_prefix_of_the_record() -> Result<()> {
     let writer = Recorder::start(&node, 0..UNITS, 0xb02, Duration::from_millis(1))?;
     let mut at = Vec::new();
     let (mut read, mut waited) = (0, 0.0_f64);
-    for round in 0..count(60, 200) {
+    for round in 0..count(200, 1000) {
         let from = writer.written();
         let kind = if round == 0 { "full" } else { "incremental" };
         let reason = (round == 0).then_some("first-backup");
