@@ -102,6 +102,7 @@ impl Shared {
             device_dir: old.device_dir.clone(),
             ..new
         };
+        lock(&self.failures).retain(|name, _| kept.volumes.contains_key(name));
         *lock(&self.config) = Arc::new(kept);
         tracing::info!("configuration read anew: {}", lines.join("; "));
         Ok(lines)

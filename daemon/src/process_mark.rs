@@ -3,6 +3,7 @@
 use blktide_repo::ProcessMark;
 use blktide_sys::host;
 use blktide_types::id::BootId;
+use std::io;
 
 /// This process.
 pub(crate) fn own() -> ProcessMark {
@@ -22,19 +23,33 @@ pub(crate) fn is_alive(mark: &ProcessMark) -> bool {
     if boot != mark.boot {
         return false;
     }
-    match std::fs::exists(format!("/proc/{}", mark.pid)) {
-        Ok(false) => false,
-        Ok(true) => start_time(mark.pid).is_none_or(|start| start == mark.start_time),
-        Err(_) => true,
+    match std::fs::read_to_string(format!("/proc/{}/stat", mark.pid)) {
+        Ok(stat) => fields(&stat).is_none_or(|(state, start)| {
+            // A zombie is dead, whether somebody has asked after it or not.
+            !matches!(state, "Z" | "X") && start == mark.start_time
+        }),
+        // Ended between two system calls: ESRCH.
+        Err(error) => !matches!(error.kind(), io::ErrorKind::NotFound) && !is_gone(&error),
     }
 }
 
-/// Field 22 of `/proc/PID/stat`: ticks since the boot.
+fn is_gone(error: &io::Error) -> bool {
+    const ESRCH: i32 = 3;
+    error.raw_os_error() == Some(ESRCH)
+}
+
 fn start_time(pid: u32) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    fields(&stat).map(|(_, start)| start)
+}
+
+/// Fields 3 and 22 of `/proc/PID/stat`: state, and start in ticks since the boot.
+fn fields(stat: &str) -> Option<(&str, u64)> {
     // The name stands in parentheses and may hold anything.
-    let (_, rest) = text.rsplit_once(')')?;
-    rest.split_whitespace().nth(19)?.parse().ok()
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut rest = rest.split_whitespace();
+    let state = rest.next()?;
+    Some((state, rest.nth(18)?.parse().ok()?))
 }
 
 #[cfg(test)]
@@ -58,7 +73,12 @@ mod tests {
         );
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let pid = child.id();
+        let exited = blktide_sys::process::PidFd::open(i32::try_from(pid).unwrap()).unwrap();
+        blktide_sys::event::wait_readable(&exited, None).unwrap();
+        let start = start_time(pid).unwrap();
+        let child_lives = || other(&|m| (m.pid, m.start_time) = (pid, start));
+        assert!(!child_lives(), "a zombie");
         child.wait().unwrap();
-        assert!(!other(&|m| m.pid = pid));
+        assert!(!child_lives());
     }
 }
