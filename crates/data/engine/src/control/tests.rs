@@ -435,3 +435,34 @@ fn an_unknown_layout_is_refused() {
         Err(EngineError::MemoryTooSmall { .. })
     ));
 }
+
+/// trap TG6: no counter of ours wraps at 8, 24 or 32 bits.
+#[test]
+fn counters_may_be_large() {
+    for start in [255, (1 << 24) - 1, (1 << 32) - 1, (1 << 47) - 9] {
+        let mut volume = Volume::new(8, &[]);
+        for word in [
+            control::SNAPSHOT_SEQUENCE,
+            control::GENERATION_COUNTER,
+            control::HOLD_SEQUENCE,
+        ] {
+            volume.engine.set_word(word, start);
+        }
+        for n in 1..4 {
+            volume.write(n);
+            assert!(volume.swap(n, Some(name(n - 1))));
+            let snapshot = Arc::clone(volume.control.snapshot().unwrap());
+            assert_eq!((snapshot.sequence(), snapshot.revoked()), (start + n, None));
+            volume.end();
+            assert_eq!(snapshot.revoked(), Some(RevokeCause::Cancelled));
+        }
+        assert_eq!(volume.changed(0), [1, 2, 3]);
+        let counters: Vec<u64> = volume
+            .control
+            .generations()
+            .iter()
+            .map(|g| g.counter)
+            .collect();
+        assert_eq!(counters[1..], [start + 1, start + 2, start + 3]);
+    }
+}

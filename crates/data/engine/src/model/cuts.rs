@@ -87,7 +87,7 @@ fn run(seed: Seed, tally: &mut Tally) -> Result<(), String> {
     Ok(())
 }
 
-/// req A5, X3: no believed bitmap lacks a change, wherever the power goes.
+/// req A5, X3, trap TB1, TB7: no believed bitmap lacks a change, wherever the power goes, whichever writes survive it.
 #[test]
 fn no_cut_makes_a_bitmap_believed_that_lacks_a_change() {
     let start = Seed::of_test("engine cuts");

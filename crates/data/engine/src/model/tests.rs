@@ -28,6 +28,9 @@ fn explore(name: &str, worlds: u64) -> Result<Seen, String> {
 }
 
 /// req B1, A8, A9: 400,000 random operations, content, changed sets and snapshots compared after each.
+/// trap TA2, TE1, TE2, TE8, TE9, TF1, TB2: discards, writes in flight over the instant, writes while a snapshot ends, parts of
+/// blocks, data that become holes, servers that die without a word.
+///
 /// `BLKTIDE_OPS` asks for more.
 #[test]
 fn no_change_is_missed_and_each_image_is_its_instant() {
