@@ -49,6 +49,8 @@ pub struct Control {
     living: Option<Living>,
     /// Counts changes of the table that a prepared snapshot cannot survive.
     version: u64,
+    /// The base that was asked for last: kept like a hinted one, if there is room.
+    asked_base: Option<GenerationName>,
 }
 
 impl Control {
@@ -57,6 +59,7 @@ impl Control {
             engine: engine.clone(),
             living: None,
             version: 0,
+            asked_base: None,
         }
     }
 

@@ -3,14 +3,9 @@
 //! Each writer writes numbers in ascending order, one in flight, to blocks of its own. So an image is right if, for each
 //! writer, there is an N such that every block holds its last write up to N: a prefix of the record, nothing missed,
 //! nothing of later. Each image is the one before with the wanted blocks put in, so a missed change stays to be seen.
+#![forbid(unsafe_code)]
+#![cfg(test)]
 #![cfg(not(loom))]
-#![expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    clippy::panic,
-    clippy::tests_outside_test_module,
-    reason = "a test from outside"
-)]
 
 use blktide_engine::state::{Found, SlotIndex};
 use blktide_engine::{

@@ -70,7 +70,7 @@ impl Control {
 
     /// Makes room for one more name: the oldest that no hint names goes. What it alone held goes to the run before it.
     pub(super) fn drop_names(&mut self) -> Result<(), EngineError> {
-        let hints = self.hinted();
+        let kept: Vec<_> = self.hinted().into_iter().chain(self.asked_base).collect();
         loop {
             let mut list = self.table().ok_or(EngineError::NoBank)?;
             if list.len() < self.engine.inner.shape.generations {
@@ -81,7 +81,7 @@ impl Control {
             let unhinted = list
                 .iter()
                 .take(closed)
-                .position(|g| !hints.contains(&g.name));
+                .position(|g| !kept.contains(&g.name));
             let dropped = list.remove(unhinted.unwrap_or(0));
             let alone = !list.iter().any(|g| g.bank == dropped.bank);
             let before = unhinted.unwrap_or(0).checked_sub(1);
@@ -94,20 +94,25 @@ impl Control {
         }
     }
 
-    /// Merges one pair of closed neighbours whose boundary no hint names: the younger's bits into the older's bank.
+    /// Merges one pair of closed neighbours whose boundary no hint names (and no base that was just asked for, if there is
+    /// another): the younger's bits into the older's bank.
     pub(super) fn merge(&mut self, list: &[Generation]) -> Result<(), EngineError> {
         let hints = self.hinted();
         let live = self.engine.inner.marks.epoch().bank();
-        let boundary = list.windows(2).find_map(|pair| match pair {
-            [older, younger]
-                if older.bank != younger.bank
-                    && younger.bank != live
-                    && !hints.contains(&younger.name) =>
-            {
-                Some((older.bank, younger.bank))
-            }
-            _ => None,
-        });
+        let find = |kept: Option<GenerationName>| {
+            list.windows(2).find_map(|pair| match pair {
+                [older, younger]
+                    if older.bank != younger.bank
+                        && younger.bank != live
+                        && !hints.contains(&younger.name)
+                        && kept != Some(younger.name) =>
+                {
+                    Some((older.bank, younger.bank))
+                }
+                _ => None,
+            })
+        };
+        let boundary = find(self.asked_base).or_else(|| find(None));
         let (older, younger) = boundary.ok_or(EngineError::NoBank)?;
         let inner = &self.engine.inner;
         let bits = inner.marks.bank(younger).map(load_all).unwrap_or_default();

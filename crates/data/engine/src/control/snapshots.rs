@@ -14,6 +14,7 @@ use blktide_format::shared::control;
 use blktide_types::clock::{Instant, WallTime};
 use blktide_types::id::{GenerationName, SnapshotId};
 use blktide_types::io::RevokeCause;
+use blktide_types::reason::Reason;
 use blktide_types::set::BlockSet;
 use core::time::Duration;
 use std::sync::Arc;
@@ -123,6 +124,15 @@ impl Control {
         if self.living.is_some() {
             return Err(EngineError::SnapshotUnderWay);
         }
+        if self.table().is_none() {
+            // A broken invariant costs a full backup, not a panic. The snapshot's id is as random as a name.
+            self.distrust(
+                (Reason::TrackingInterrupted, asked.opens_at),
+                "the table of generations did not check",
+                GenerationName(asked.id.0),
+            );
+        }
+        self.asked_base = asked.base;
         self.drop_names()?;
         let bank = self.free_bank()?;
         let bank_words = inner.marks.bank(bank).ok_or(EngineError::NoBank)?;

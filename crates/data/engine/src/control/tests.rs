@@ -466,3 +466,39 @@ fn counters_may_be_large() {
         assert_eq!(counters[1..], [start + 1, start + 2, start + 3]);
     }
 }
+
+/// A base is kept though no hint names it: hints are lost at a stop, and sent again only some time later.
+#[test]
+fn the_base_that_is_asked_for_is_kept() {
+    let mut volume = Volume::new(6, &[]);
+    for n in 1..6 {
+        volume.write(n);
+        volume.swap(n, Some(name(1)));
+        volume.end();
+    }
+    // Six names, all closed but the last; the oldest that nobody asks for goes, not the base.
+    for n in 6..30 {
+        volume.write(n);
+        assert!(volume.swap(n, Some(name(1))), "{n}");
+        volume.end();
+    }
+    assert_eq!(volume.changed(1), (2..30).collect::<Vec<_>>());
+}
+
+/// A table that is found damaged while it serves costs a full backup.
+#[test]
+fn a_table_that_breaks_is_distrusted_at_the_next_snapshot() {
+    let mut volume = Volume::new(8, &[]);
+    volume.write(3);
+    let sum = shape(8).table(0) + 1;
+    volume.memories[0].words()[sum].fetch_xor(1, Ordering::SeqCst);
+    assert!(!volume.swap(1, Some(name(0))));
+    assert_eq!(
+        volume.control.trusted().reason,
+        Some(Reason::TrackingInterrupted)
+    );
+    volume.end();
+    volume.write(4);
+    assert_eq!(volume.changed(1), [4]);
+    assert!(volume.control.trust(name(1)));
+}
