@@ -8,7 +8,7 @@ use blktide_api::failure::{Exit, Failure, FailureCode};
 use blktide_api::message::{JobDocument, StatusDocument, VolumeDocument};
 use blktide_api::name::Name;
 use blktide_api::record::{FILE_NAME, Records};
-use blktide_api::status::{LiveFacts, VolumeFacts, assemble};
+use blktide_api::status::{LiveFacts, VolumeFacts, assemble, warning_text};
 use blktide_api::unit::size;
 use blktide_format::marker;
 use blktide_sys::blockdev::BlockDevice;
@@ -162,6 +162,8 @@ fn live(status: VolumeStatus, changed_bytes: Vec<(String, Option<u64>)>) -> Live
         distrust: status.distrust.map(|d| (d.reason, d.since_ns, d.detail)),
         changed_bytes,
         warnings: status.warnings,
+        takeovers: status.takeovers,
+        longest_pause_ns: status.longest_pause_ns,
     }
 }
 
@@ -282,6 +284,6 @@ fn tell_volume(volume: &VolumeDocument, common: &Common) {
         output::text(common, &line);
     }
     for warning in &volume.warnings {
-        output::text(common, &format!("  note: {warning}"));
+        output::text(common, &format!("  note: {}", warning_text(warning)));
     }
 }

@@ -12,6 +12,7 @@ use crate::records;
 use blktide_api::config::{Attach, Config};
 use blktide_api::failure::{Failure, FailureCode};
 use blktide_api::name::Name;
+use blktide_api::status::warning_text;
 use blktide_sys::event::pause;
 use blktide_sys::process::PidFd;
 use blktide_volume::message::{VolumeState, VolumeStatus};
@@ -57,7 +58,12 @@ pub(crate) fn attach(shared: &Arc<Shared>, name: &Name) -> Result<Vec<String>, F
             records::send_hints(&config, name);
             watch(shared, name);
             let mut lines = vec![format!("{name} is attached: {}", node.display())];
-            lines.extend(status.warnings.iter().map(|w| format!("warning: {w}")));
+            lines.extend(
+                status
+                    .warnings
+                    .iter()
+                    .map(|w| format!("warning: {}", warning_text(w))),
+            );
             Ok(lines)
         }
         Err(failure) => {

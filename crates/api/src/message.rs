@@ -86,6 +86,12 @@ pub struct VolumeDocument {
     pub job: Option<JobDocument>,
     /// What an administrator should know, as codes.
     pub warnings: Vec<String>,
+    /// Servers that have died and were replaced; null where nothing runs.
+    #[serde(default)]
+    pub takeovers: Option<u64>,
+    /// The longest that a takeover made the volume stand still.
+    #[serde(default)]
+    pub longest_pause_seconds: Option<f64>,
     /// What to do, in words; what stands here makes `status` exit 3.
     #[serde(default)]
     pub advice: Vec<String>,

@@ -13,6 +13,7 @@ use crate::time;
 use crate::unit;
 use blktide_types::clock::WallTime;
 use blktide_types::reason::Reason;
+use core::time::Duration;
 
 /// What is known of one volume.
 #[derive(Clone, Debug)]
@@ -52,8 +53,34 @@ pub struct LiveFacts {
     pub distrust: Option<(String, i64, String)>,
     /// For each record's generation what changed since; `None`: not known.
     pub changed_bytes: Vec<(String, Option<u64>)>,
-    /// What its processes warn of.
+    /// What its processes warn of, as codes.
     pub warnings: Vec<String>,
+    /// Servers that have died and were replaced.
+    pub takeovers: u64,
+    /// The longest that a takeover made the volume stand still, nanoseconds.
+    pub longest_pause_ns: u64,
+}
+
+/// A warning of a volume's processes, in words; a code of a later version is its own words.
+pub fn warning_text(code: &str) -> &str {
+    match code {
+        "memory-not-locked" => {
+            "memory cannot be locked: under memory pressure the volume may wait for its own writes"
+        }
+        "no-io-flusher" => {
+            "PR_SET_IO_FLUSHER is refused (no CAP_SYS_RESOURCE): under memory pressure the volume may wait for its own writes"
+        }
+        "may-be-killed" => {
+            "oom_score_adj cannot be lowered: the kernel may kill the volume's processes when memory runs out"
+        }
+        "fuse-request-timeout" => {
+            "fs.fuse.max_request_timeout is set: the kernel gives the volume up when its device is slow; set it to 0"
+        }
+        "program-on-disk" => {
+            "programs may not be run from memory (vm.memfd_noexec): a server's restart reads the disk"
+        }
+        other => other,
+    }
 }
 
 /// The document, and what `status` exits with.
@@ -121,6 +148,8 @@ fn volume(config: &Config, facts: &VolumeFacts<'_>, now: WallTime) -> VolumeDocu
         last_image: default.and_then(|r| r.last_image.clone()),
         job: facts.job.clone(),
         warnings: live.map(|l| l.warnings.clone()).unwrap_or_default(),
+        takeovers: live.map(|l| l.takeovers),
+        longest_pause_seconds: live.map(|l| Duration::from_nanos(l.longest_pause_ns).as_secs_f64()),
         advice: Vec::new(),
         repositories,
         state,

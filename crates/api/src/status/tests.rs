@@ -55,6 +55,8 @@ fn facts(config: &Config) -> VolumeFacts<'_> {
             distrust: None,
             changed_bytes: vec![("g".to_owned(), Some(1_310_720))],
             warnings: Vec::new(),
+            takeovers: 0,
+            longest_pause_ns: 0,
         }),
         failed: None,
         closed: false,

@@ -293,7 +293,7 @@ pub struct VolumeStatus {
     pub requests_finished: u64,
     /// The snapshot's figures, if there is one.
     pub snapshot: Option<SnapshotFigures>,
-    /// What an administrator should know (no I/O flusher, no lock in memory).
+    /// What an administrator should know, as codes (`no-io-flusher`, `memory-not-locked`).
     pub warnings: Vec<String>,
 }
 

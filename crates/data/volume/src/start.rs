@@ -112,18 +112,18 @@ pub(crate) mod word {
     /// `WARNINGS`: the program is not in memory.
     pub(crate) const ON_DISK: u64 = 16;
 
-    /// The warnings in words.
+    /// The warnings as the codes of `status`.
     pub(crate) fn warnings(bits: u64) -> Vec<String> {
         [
-            (NOT_LOCKED, "memory cannot be locked: under memory pressure the volume may wait for its own writes"),
-            (NO_FLUSHER, "PR_SET_IO_FLUSHER is refused (no CAP_SYS_RESOURCE): under memory pressure the volume may wait for its own writes"),
-            (MAY_BE_KILLED, "oom_score_adj cannot be lowered: the kernel may kill the volume's processes when memory runs out"),
-            (REQUEST_TIMEOUT, "fs.fuse.max_request_timeout is set: the kernel gives the volume up when its device is slow; set it to 0"),
-            (ON_DISK, "programs may not be run from memory (vm.memfd_noexec): a server's restart reads the disk"),
+            (NOT_LOCKED, "memory-not-locked"),
+            (NO_FLUSHER, "no-io-flusher"),
+            (MAY_BE_KILLED, "may-be-killed"),
+            (REQUEST_TIMEOUT, "fuse-request-timeout"),
+            (ON_DISK, "program-on-disk"),
         ]
         .into_iter()
         .filter(|(bit, _)| bits & bit != 0)
-        .map(|(_, text)| text.to_owned())
+        .map(|(_, code)| code.to_owned())
         .collect()
     }
 }
