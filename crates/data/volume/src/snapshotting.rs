@@ -171,14 +171,17 @@ impl Server {
             Overflow::Wait => blktide_engine::Overflow::Wait,
         };
         let save: Arc<SaveFile> = Arc::clone(&made.save);
+        // What is distrusted is not leant on, although its names may be known: a full image that was committed and of
+        // which the tracker has not heard yet (it is told afterwards) must not make the next backup half a one.
+        let trusted = self.tracker.trusted().reason.is_none();
         let request = blktide_engine::SnapshotRequest {
             id,
             opens: self.fresh(),
             opens_at: SystemClock.wall(),
-            base: asked.base.map(|b| b.0),
+            base: asked.base.map(|b| b.0).filter(|_| trusted),
             absent: match asked.absent {
-                Absent::All => blktide_engine::Absent::Everything,
-                Absent::None | Absent::Listed => blktide_engine::Absent::Words(absent),
+                Absent::None | Absent::Listed if trusted => blktide_engine::Absent::Words(absent),
+                Absent::All | Absent::None | Absent::Listed => blktide_engine::Absent::Everything,
             },
             limits: Limits {
                 overflow,
