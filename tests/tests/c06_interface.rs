@@ -12,10 +12,10 @@ use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
 
-fn keys(json: &Value, wanted: &[&str]) -> Result<()> {
+fn keys(json: &Value, wanted: &str) -> Result<()> {
     let object = json.as_object().context("an object")?;
-    for key in wanted {
-        ensure!(object.contains_key(*key), "no key {key}: {json}");
+    for key in wanted.split_whitespace() {
+        ensure!(object.contains_key(key), "no key {key}: {json}");
     }
     Ok(())
 }
@@ -35,26 +35,9 @@ fn json_of_status_summary_images_and_show() -> Result<()> {
     let summary = instance.backup("data", &[])?;
     keys(
         &summary,
-        &[
-            "message_type",
-            "host",
-            "repository",
-            "volume",
-            "image",
-            "image_id",
-            "kind",
-            "reason",
-            "consistency",
-            "time",
-            "volume_bytes",
-            "read_bytes",
-            "changed_bytes",
-            "stored_bytes",
-            "longest_freeze_seconds",
-            "longest_wait_seconds",
-            "seconds",
-            "warnings",
-        ],
+        "message_type host repository volume image image_id kind reason consistency time \
+         volume_bytes read_bytes changed_bytes stored_bytes longest_freeze_seconds \
+         longest_wait_seconds seconds warnings",
     )?;
     ensure!(
         text_of(&summary, "/image")? == "data@1"
@@ -62,32 +45,13 @@ fn json_of_status_summary_images_and_show() -> Result<()> {
         "{summary}"
     );
     let whole = instance.ctl(&["status", "--json"])?.json()?;
-    keys(&whole, &["message_type", "daemon", "host", "volumes"])?;
+    keys(&whole, "message_type daemon host volumes")?;
     let status = instance.status("data")?;
     keys(
         &status,
-        &[
-            "name",
-            "state",
-            "pid",
-            "keeper_pid",
-            "device",
-            "mountpoint",
-            "node",
-            "mode",
-            "size_bytes",
-            "block_size_bytes",
-            "tracking",
-            "distrust_reason",
-            "distrust_time",
-            "distrust_detail",
-            "changed_bytes",
-            "generation",
-            "last_image",
-            "repositories",
-            "job",
-            "warnings",
-        ],
+        "name state pid keeper_pid device mountpoint node mode size_bytes block_size_bytes tracking \
+         distrust_reason distrust_time distrust_detail changed_bytes generation last_image \
+         repositories job warnings",
     )?;
     ensure!(
         text_of(&status, "/tracking")? == "trusted" && text_of(&status, "/state")? == "attached",
@@ -101,18 +65,7 @@ fn json_of_status_summary_images_and_show() -> Result<()> {
     let images = instance.ctl_ok(&["images", "--json"])?.json()?;
     keys(
         images.pointer("/images/0").context("an image")?,
-        &[
-            "image",
-            "image_id",
-            "host",
-            "repository",
-            "volume",
-            "kind",
-            "reason",
-            "time",
-            "stored_bytes",
-            "volume_bytes",
-        ],
+        "image image_id host repository volume kind reason time stored_bytes volume_bytes",
     )?;
     let show = instance
         .ctl_ok(&["show", "data@latest", "--json"])?

@@ -36,15 +36,21 @@ impl Drop for Stopped {
     }
 }
 
+/// The other instance, and the file system on its volume.
+fn shelf() -> Result<(Instance, Mounted)> {
+    let store = Instance::started("d02store")?;
+    let backing = store.join("backing");
+    make_file(&backing, 512 * MIB)?;
+    FileSystem::Ext4.make(&backing)?;
+    let node = store.volume_add("shelf", &backing, &[])?;
+    let mounted = Mounted::new(&node, &store.join("mnt"), &[])?;
+    Ok((store, mounted))
+}
+
 /// req D2, D4: no write waits longer than `wait_limit`, `status` answers within 1 s, `cancel` answers.
 #[test]
 fn a_repository_that_never_answers() -> Result<()> {
-    let store = Instance::started("d02store")?;
-    let shelf = store.join("backing");
-    make_file(&shelf, 512 * MIB)?;
-    FileSystem::Ext4.make(&shelf)?;
-    let shelf_node = store.volume_add("shelf", &shelf, &[])?;
-    let mounted = Mounted::new(&shelf_node, &store.join("mnt"), &[])?;
+    let (store, mounted) = shelf()?;
 
     let instance = Instance::new("d02")?;
     instance.configure(
