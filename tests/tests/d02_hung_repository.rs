@@ -12,6 +12,7 @@ use blktide_tests::{
     FileSystem, Instance, Mounted, Recorder, Stopwatch, fill_file, kill, make_file, wait_until,
 };
 use serde_json::Value;
+use std::path::Path;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
@@ -47,11 +48,8 @@ fn shelf() -> Result<(Instance, Mounted)> {
     Ok((store, mounted))
 }
 
-/// req D2, D4: no write waits longer than `wait_limit`, `status` answers within 1 s, `cancel` answers.
-#[test]
-fn a_repository_that_never_answers() -> Result<()> {
-    let (store, mounted) = shelf()?;
-
+/// An instance whose writers may wait up to 2 s, with its repository in `folder`.
+fn with_repository(folder: &Path) -> Result<Instance> {
     let instance = Instance::new("d02")?;
     instance.configure(
         "",
@@ -59,8 +57,16 @@ fn a_repository_that_never_answers() -> Result<()> {
     )?;
     let mut instance = instance;
     instance.start()?;
-    let folder = mounted.join("repository").display().to_string();
-    instance.ctl_ok(&["repo", "init", "main", &folder])?;
+    instance.ctl_ok(&["repo", "init", "main", &folder.display().to_string()])?;
+    Ok(instance)
+}
+
+/// req D2, D4: no write waits longer than `wait_limit`, `status` answers within 1 s, `cancel` answers.
+#[test]
+fn a_repository_that_never_answers() -> Result<()> {
+    let (store, mounted) = shelf()?;
+
+    let instance = with_repository(&mounted.join("repository"))?;
     let backing = instance.join("backing");
     fill_file(&backing, 64 * MIB)?;
     let node = instance.volume_add("data", &backing, &[])?;

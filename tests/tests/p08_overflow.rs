@@ -104,7 +104,7 @@ fn under_load(set: &Set, asked: &SnapshotRequest) -> Result<(RevokeCause, Durati
         client(&set.instance)?.status()?;
         status = status.max(one.elapsed());
         // One block in a while: progress, but far too little.
-        match read_one(&snapshot, watch.elapsed().as_millis() as u64 / 500) {
+        match read_one(&snapshot, watch.elapsed().as_secs() * 2) {
             Err(SourceError::Revoked(cause)) => break cause,
             Ok(()) | Err(SourceError::Io(_)) => {}
         }
