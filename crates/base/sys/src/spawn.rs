@@ -206,7 +206,7 @@ pub fn launch(launch: &Launch<'_>) -> Result<Child> {
         plan.run(tells.as_raw_fd());
     }
     drop(tells);
-    let process = PidFd::open(pid)?;
+    let process = PidFd::open(pid).inspect_err(|_| end(pid))?;
     let mut errno = [0; 4];
     let got = retry(|| Ok(nix::unistd::read(&told, &mut errno)?)).map_err(fail("read"))?;
     if got == 0 {
@@ -216,6 +216,19 @@ pub fn launch(launch: &Launch<'_>) -> Result<Child> {
     Err(fail("exec")(io::Error::from_raw_os_error(
         i32::from_ne_bytes(errno),
     )))
+}
+
+/// Ends a child that cannot be watched: left alone it would run beside the one that is started in its place.
+///
+/// The number is still its own: nobody else reaps it.
+fn end(pid: libc::pid_t) {
+    // SAFETY: kill(2) takes two numbers.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+    // Waits for what has just been killed; how it ended is of no interest.
+    drop(retry(|| {
+        // SAFETY: waitpid(2) with a null status touches no memory of ours.
+        check(unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) })
+    }));
 }
 
 /// All that the child needs, ready made.
@@ -416,6 +429,21 @@ mod tests {
             Some(crate::Errno(libc::ENOEXEC)),
             "{refused}"
         );
+    }
+
+    /// A child without a descriptor is not left running beside its replacement.
+    #[test]
+    fn a_child_that_cannot_be_watched_is_ended_and_reaped() {
+        // Without an end of its own: it reads from a pipe that stays open.
+        let mut child = std::process::Command::new("/bin/cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let open = child.stdin.take();
+        end(libc::pid_t::try_from(child.id()).unwrap());
+        let reaped = child.wait().unwrap_err();
+        assert_eq!(reaped.raw_os_error(), Some(libc::ECHILD), "{reaped}");
+        drop(open);
     }
 
     #[test]
