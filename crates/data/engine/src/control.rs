@@ -132,6 +132,8 @@ impl Control {
         inner.gate.reset();
         for words in &inner.queues {
             words.store(queue::PARKED, 0, Ordering::Relaxed);
+            // No tick yet: the keeper does not count the wait for the fence.
+            words.store(queue::TICK, 0, Ordering::Relaxed);
             words.store(queue::OUTSTANDING, 0, Ordering::Relaxed);
         }
         let epoch = inner.marks.epoch();
