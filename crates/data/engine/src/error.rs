@@ -2,6 +2,7 @@
 
 use blktide_format::shared::SharedError;
 use blktide_types::id::GenerationName;
+use blktide_types::io::RevokeCause;
 use std::io;
 
 /// Why the engine refuses. None of these touches a write: requests go on as before.
@@ -50,6 +51,12 @@ pub enum EngineError {
     /// There is no snapshot to which this could apply.
     #[error("there is no such snapshot")]
     NoSnapshot,
+    /// The snapshot was revoked before it was seen: what was read of it may be of a later instant.
+    #[error("the snapshot was revoked: {cause}")]
+    Revoked {
+        /// Why.
+        cause: RevokeCause,
+    },
     /// Tracking is off: everything passes through, and nothing can be said of a change.
     #[error("tracking is off")]
     PassingThrough,

@@ -4,7 +4,7 @@
 //! swap closed); neither changes afterwards. Both sides ask the two bitmaps in turn, so nothing in a hold is
 //! proportional to the volume.
 
-use crate::atomic::{Memory, Ordering, Words};
+use crate::atomic::{Memory, Ordering, Words, fence};
 use crate::error::EngineError;
 use crate::state::{Found, Readers, Revocation, SlotIndex, States, Writers};
 use crate::tracker::{any_bit, block_marked, marked_blocks};
@@ -142,6 +142,8 @@ pub struct SnapshotView {
 
 impl SnapshotView {
     /// The view of a snapshot that has begun. Waits: in proportion to the volume (two bitmaps are copied).
+    ///
+    /// Errors: it was revoked meanwhile, so the bank that the instant closed may be another generation's by now.
     pub fn open(
         shape: &Shape,
         memories: &ReaderMemories,
@@ -163,7 +165,7 @@ impl SnapshotView {
             set.union_with(&closed);
             Ok(set)
         };
-        Ok(Self {
+        let view = Self {
             readers: Readers {
                 states: States::new(&memories.states, blocks)?,
                 slots: SlotIndex::new(&memories.index, save_slots)?,
@@ -175,7 +177,13 @@ impl SnapshotView {
             } else {
                 None
             },
-        })
+        };
+        // A bank is used again only after its snapshot was revoked or has ended: who has read what came later sees why.
+        fence(Ordering::SeqCst);
+        match view.readers.revocation.cause() {
+            Some(cause) => Err(EngineError::Revoked { cause }),
+            None => Ok(view),
+        }
     }
 
     /// The blocks to take.

@@ -10,7 +10,7 @@ use crate::message::{Reply, Request, SnapshotBegun, SnapshotFigures};
 use crate::server::engine_error;
 use blktide_engine::atomic::Memory;
 use blktide_engine::state::{Found, SaveSlot, slot_offset};
-use blktide_engine::{Begun, Engine, ReaderMemories, SnapshotView};
+use blktide_engine::{Begun, Engine, EngineError, ReaderMemories, SnapshotView};
 use blktide_sys::fs;
 use blktide_types::geometry::Geometry;
 use blktide_types::io::{BlockOutcome, BlockRead, RevokeCause, SnapshotRead, SourceError};
@@ -68,8 +68,11 @@ impl SnapshotReader {
             base_resolved: begun.base_resolved,
             held: Duration::from_nanos(begun.held_ns),
         };
-        let view =
-            SnapshotView::open(&shape, &memories, &facts, begun.slots).map_err(engine_error)?;
+        let view = match SnapshotView::open(&shape, &memories, &facts, begun.slots) {
+            Ok(view) => view,
+            Err(EngineError::Revoked { cause }) => return Err(VolumeError::Revoked(cause)),
+            Err(e) => return Err(engine_error(e)),
+        };
         Ok(Self {
             geometry: shape.geometry,
             begun,

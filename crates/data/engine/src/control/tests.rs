@@ -3,7 +3,7 @@
 use super::*;
 use crate::gate::HoldState;
 use crate::request::{Actions, Event, Operation, Request};
-use crate::snapshot::Overflow;
+use crate::snapshot::{Begun, Overflow, ReaderMemories, SnapshotView};
 use crate::state::SlotIndex;
 use crate::{EngineError, Memory, PlainMemory};
 use blktide_format::shared::Shape;
@@ -75,6 +75,11 @@ impl Volume {
 
     /// Opens generation `n`; whether `base` was known.
     fn swap(&mut self, n: u64, base: Option<GenerationName>) -> bool {
+        self.begin(n, base).0.base_resolved
+    }
+
+    /// Opens generation `n`; the snapshot, and how its reader maps it.
+    fn begin(&mut self, n: u64, base: Option<GenerationName>) -> (Begun, ReaderMemories) {
         let shape = *self.engine.shape();
         let plain = |words| -> Arc<dyn Memory> { PlainMemory::new(words) };
         let asked = SnapshotRequest {
@@ -96,6 +101,14 @@ impl Volume {
                 save_area: Arc::new(()),
             },
         };
+        let [control, banks] = self.memories.clone();
+        let reader = ReaderMemories {
+            control,
+            banks,
+            states: Arc::clone(&asked.memories.states),
+            index: Arc::clone(&asked.memories.index),
+            wanted: Arc::clone(&asked.memories.wanted),
+        };
         let prepared = self.control.prepare(&asked).unwrap();
         let mut hold = self
             .control
@@ -104,7 +117,7 @@ impl Volume {
         assert_eq!(self.control.poll(&mut hold, Instant(0)), HoldState::Held);
         let begun = self.control.commit(&hold, &prepared, Instant(0)).unwrap();
         assert_eq!(begun.opened, name(n));
-        begun.base_resolved
+        (begun, reader)
     }
 
     fn end(&mut self) {
@@ -289,6 +302,38 @@ fn a_successor_goes_on() {
     next.write(4);
     assert_eq!(next.changed(0), [3, 4]);
     assert_eq!(next.changed(1), [4]);
+}
+
+/// req B1: what a revoked snapshot wanted is not read from a bank that may be another generation's by now.
+#[test]
+fn a_revoked_snapshot_cannot_be_opened() {
+    let mut volume = Volume::new(8, &[]);
+    volume.write(3);
+    let (begun, reader) = volume.begin(1, Some(name(0)));
+    let shape = *volume.engine.shape();
+    let view = SnapshotView::open(&shape, &reader, &begun, 1).unwrap();
+    assert_eq!(view.wanted().blocks().count(), 1);
+    volume.control.revoke(RevokeCause::Cancelled);
+    let cause = RevokeCause::Cancelled;
+    let refused = SnapshotView::open(&shape, &reader, &begun, 1).unwrap_err();
+    assert!(matches!(refused, EngineError::Revoked { cause: c } if c == cause));
+}
+
+/// req P7: a successor that waits for the fence has no tick, whatever its predecessor had: it is not taken for hung.
+#[test]
+fn a_successor_begins_without_a_tick() {
+    let volume = Volume::new(8, &[]);
+    let numbers = 0..volume.engine.shape().queues;
+    for number in numbers.clone() {
+        volume.engine.queue(number).unwrap().tick(7);
+    }
+    let engine = Engine::open(&volume.memories[0], &volume.memories[1]).unwrap();
+    let mut control = engine.control();
+    control.take_over((name(50), WallTime(9))).unwrap();
+    for number in numbers {
+        assert_eq!(engine.queue_word(number, queue::TICK), 0);
+        assert_eq!(engine.queue_word(number, queue::OUTSTANDING), 0);
+    }
 }
 
 /// A table that does not check is distrusted, and marking goes on.
