@@ -14,6 +14,7 @@ pub struct Errno(pub i32);
 impl Errno {
     pub const PERM: Self = Self(libc::EPERM);
     pub const NOENT: Self = Self(libc::ENOENT);
+    pub const CONNREFUSED: Self = Self(libc::ECONNREFUSED);
     pub const INTR: Self = Self(libc::EINTR);
     pub const IO: Self = Self(libc::EIO);
     pub const NXIO: Self = Self(libc::ENXIO);

@@ -19,6 +19,7 @@ use crate::error::VolumeError;
 use crate::inherited::{FIRST_NUMBER, Inherited, read_options};
 use crate::log::Log;
 use crate::options::VolumeOptions;
+use crate::server::FENCE_LIMIT;
 use crate::start::{Role, Start, word};
 use blktide_format::shared::{Shape, control, queue};
 use blktide_sys::clock::SystemClock;
@@ -55,7 +56,8 @@ pub fn run(options: &VolumeOptions) -> Result<(), VolumeError> {
     let signals = signals.map_err(|e| setup::io("block signals for", &options.socket(), e))?;
     let mut keeper = match VolumeClient::connect(&options.runtime_dir, &options.name, ADOPT_LIMIT) {
         Ok(client) => Keeper::adopt(options, client)?,
-        Err(_) => Keeper::attach(options)?,
+        Err(e) if setup::nobody_listens(&e) => Keeper::attach(options)?,
+        Err(e) => return Err(e),
     };
     let ended = keeper.watch(&signals);
     drop(lock);
@@ -117,6 +119,7 @@ impl Keeper {
     fn attach(options: &VolumeOptions) -> Result<Self, VolumeError> {
         let start = setup::start(options)?;
         let shape = start.shape()?;
+        setup::refuse_if_served(options, FENCE_LIMIT)?;
         let inherited = setup::fresh(&start, &shape)?;
         let made = Self::over(start, inherited);
         let mut keeper = made.inspect_err(|_| setup::take_down(options))?;

@@ -38,7 +38,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// How long a first server waits for the fence: a predecessor's last writes may still be under way.
-const FENCE_LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const FENCE_LIMIT: Duration = Duration::from_secs(20);
 /// Bytes of a queue thread's stack.
 const STACK_BYTES: usize = 256 << 10;
 

@@ -6,8 +6,9 @@ use crate::error::VolumeError;
 use crate::inherited::{Inherited, options_in_memory};
 use crate::options::VolumeOptions;
 use crate::start::Start;
-use blktide_device::Limits;
+use blktide_device::{Backing, DeviceError, Limits};
 use blktide_format::shared::Shape;
+use blktide_sys::clock::SystemClock;
 use blktide_sys::event::{EventFd, Readiness, Watched, poll};
 use blktide_sys::fuse::{self, Connection, FuseDevice};
 use blktide_sys::loopdev::{LoopDevice, LoopOptions};
@@ -15,7 +16,8 @@ use blktide_sys::memfd::Memfd;
 use blktide_sys::process::PidFd;
 use blktide_sys::socket::PacketListener;
 use blktide_sys::spawn::Program;
-use blktide_sys::{fs, mounts};
+use blktide_sys::{Errno, SysError, fs, mounts};
+use blktide_types::clock::Clock;
 use std::ffi::OsString;
 use std::io;
 use std::path::Path;
@@ -55,6 +57,39 @@ pub(super) fn lock(options: &VolumeOptions) -> Result<std::fs::File, VolumeError
     }
 }
 
+/// Whether connecting failed because no process has the volume socket. Whatever else fails, a server may live.
+pub(super) fn nobody_listens(error: &VolumeError) -> bool {
+    let VolumeError::NotAttached { source, .. } = error else {
+        return false;
+    };
+    let inner = source.get_ref().and_then(|e| e.downcast_ref::<SysError>());
+    matches!(
+        inner.and_then(SysError::errno),
+        Some(Errno::NOENT | Errno::CONNREFUSED)
+    )
+}
+
+/// Refuses while somebody has the backing device: a server lives whose socket's name was removed, and what looks stale is in use.
+///
+/// Waits up to `limit`, as a first server would: a dead one's last writes may be under way. Has nothing open when it returns.
+pub(super) fn refuse_if_served(
+    options: &VolumeOptions,
+    limit: Duration,
+) -> Result<(), VolumeError> {
+    let deadline = SystemClock.now().after(limit);
+    let taken = Backing::open(&options.device, &SystemClock, Some(deadline));
+    let Err(source) = taken else {
+        return Ok(());
+    };
+    let mounted = matches!(mounts::at(&options.mount_point()), Ok(Some(_)));
+    if matches!(source, DeviceError::InUse { .. }) && (mounted || own_loop(options).is_some()) {
+        return Err(VolumeError::AlreadyAttached {
+            name: options.name.clone(),
+        });
+    }
+    Err(VolumeError::Device { source })
+}
+
 /// What servers of a volume are told, from its options and its device.
 pub(super) fn start(options: &VolumeOptions) -> Result<Start, VolumeError> {
     let limits = Limits::of(&options.device);
@@ -67,9 +102,8 @@ pub(super) fn fresh(start: &Start, shape: &Shape) -> Result<Inherited, VolumeErr
     let options = &start.options;
     clear_stale(options);
     let path = options.socket();
-    let sys = |what: &'static str| {
-        move |e: blktide_sys::SysError| io(what, &options.socket(), io::Error::other(e))
-    };
+    let sys =
+        |what: &'static str| move |e: SysError| io(what, &options.socket(), io::Error::other(e));
     let words = |words: usize| u64::try_from(words).unwrap_or(u64::MAX).saturating_mul(8);
     let control = Memfd::create("blktide-control", words(shape.control_words()))
         .map_err(sys("make the memory of"))?;
@@ -259,4 +293,70 @@ fn link(options: &VolumeOptions, device: LoopDevice) -> Result<(), VolumeError> 
         _ => {}
     }
     std::os::unix::fs::symlink(device.node(), &node).map_err(fail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::VolumeClient;
+    use blktide_sys::fence::Fenced;
+
+    fn scratch(name: &str) -> std::path::PathBuf {
+        let id = std::process::id();
+        let folder = std::env::temp_dir().join(format!("blktide-setup-{name}-{id}"));
+        std::fs::create_dir_all(&folder).unwrap();
+        folder
+    }
+
+    fn options(folder: &Path) -> VolumeOptions {
+        let mut options = VolumeOptions::new("data", "/dev/null");
+        options.runtime_dir = folder.to_owned();
+        options
+    }
+
+    /// An attach takes away what looks stale: only where no process can be behind the socket.
+    #[test]
+    fn an_error_that_leaves_a_server_possible_is_no_reason_to_attach() {
+        let folder = scratch("connect");
+        let options = options(&folder);
+        let connect = || {
+            VolumeClient::connect(&folder, "data", Duration::from_secs(1))
+                .map(drop)
+                .unwrap_err()
+        };
+        assert!(nobody_listens(&connect()), "no socket");
+        std::fs::create_dir_all(options.socket().parent().unwrap()).unwrap();
+        drop(PacketListener::bind(&options.socket(), 0o600).unwrap());
+        assert!(nobody_listens(&connect()), "a dead one's socket");
+        std::fs::remove_file(options.socket()).unwrap();
+        std::os::unix::fs::symlink(options.socket(), options.socket()).unwrap();
+        let other = connect();
+        assert!(!nobody_listens(&other), "ELOOP: {other:?}");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    /// With its socket's name removed a living server still has the device.
+    #[test]
+    fn a_device_that_somebody_has_is_not_attached() {
+        let folder =
+            Path::new("/var/tmp").join(format!("blktide-setup-held-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let mut options = options(&folder);
+        options.device = folder.join("backing");
+        let file = std::fs::File::create(&options.device).unwrap();
+        file.set_len(1 << 20).unwrap();
+        let held = Fenced::try_take(&options.device).unwrap().unwrap();
+        let refused = refuse_if_served(&options, Duration::ZERO).unwrap_err();
+        let in_use = DeviceError::InUse {
+            path: options.device.clone(),
+        };
+        assert!(
+            matches!(&refused, VolumeError::Device { source } if source.to_string() == in_use.to_string())
+        );
+        drop(held);
+        refuse_if_served(&options, Duration::ZERO).unwrap();
+        let again = Fenced::try_take(&options.device).unwrap();
+        assert!(again.is_some(), "and nothing is kept");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 }
