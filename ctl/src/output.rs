@@ -2,8 +2,8 @@
 
 use blktide_api::failure::{Exit, Failure};
 use blktide_api::message::{DONE, DoneDocument};
-use blktide_api::unit::size;
 use blktide_job::running::{OnProgress, Progress};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -76,25 +76,18 @@ pub(crate) fn progress(common: &Common, what: &'static str) -> Option<OnProgress
     if common.quiet || common.json || !std::io::stderr().is_terminal() {
         return None;
     }
+    let style = ProgressStyle::with_template(
+        "{prefix} {percent:>3} %  {bytes} of {total_bytes}, {binary_bytes_per_sec}, {eta} left",
+    )
+    .unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = ProgressBar::new(0).with_style(style).with_prefix(what);
     Some(Arc::new(move |progress: Progress| {
-        let mut err = std::io::stderr().lock();
-        drop(write!(err, "\r{what} {}   ", share(progress)));
+        bar.set_length(progress.total_bytes);
+        bar.set_position(progress.done_bytes);
         if progress.done_bytes >= progress.total_bytes && progress.total_bytes > 0 {
-            drop(write!(err, "\r{:60}\r", ""));
+            bar.finish_and_clear();
         }
     }))
-}
-
-fn share(progress: Progress) -> String {
-    let done = size(progress.done_bytes);
-    match progress
-        .done_bytes
-        .saturating_mul(100)
-        .checked_div(progress.total_bytes)
-    {
-        Some(percent) => format!("{percent:3} % ({done} of {})", size(progress.total_bytes)),
-        None => done,
-    }
 }
 
 /// Asks on the terminal; false without one.
