@@ -19,7 +19,7 @@ use blktide_job::plan::PlanFacts;
 use blktide_job::running::OnProgress;
 use blktide_job::source::TrackerSays;
 use blktide_repo::{FolderStore, RepoError, Repository};
-use blktide_sys::blockdev::BlockDevice;
+use blktide_sys::blockdev::{self, BlockDevice};
 use blktide_sys::fs;
 use blktide_types::id::{ImageId, RepositoryId, VolumeId};
 use blktide_types::reason::Reason;
@@ -364,11 +364,12 @@ fn opener(checked: &Checked, seen: &Arc<Seen>, status: &VolumeStatus) -> OpenRep
     })
 }
 
+/// Also through partitions, LVM and LUKS on the volume.
 fn lies_on(path: &Path, node: &Path) -> bool {
-    match (fs::device_of(path), BlockDevice::at(node)) {
-        (Ok(device), Ok(node)) => device == node.number(),
-        (Err(_), _) | (_, Err(_)) => false,
-    }
+    BlockDevice::at(node).is_ok_and(|node| {
+        // What cannot be looked at cannot be opened either, and that says why.
+        blockdev::lies_on(path, node.number()).unwrap_or(false)
+    })
 }
 
 /// What identifies a device over reboots: model and serial number. A file has nothing of the kind.

@@ -220,11 +220,14 @@ impl BlockDevice {
         openers(a_node, is_it)
     }
 
+    /// Whether it is `below`, a partition of it, or built (dm, md, bcache …) on it or on a partition of it. Where sysfs does not
+    /// say: false.
+    pub fn stands_on(&self, below: DeviceNumber) -> bool {
+        self.number == below || folder_stands_on(&self.folder, below, LAYERS_MAX)
+    }
+
     fn disk_folder(&self) -> PathBuf {
-        match self.folder.parent() {
-            Some(parent) if self.folder.join("partition").exists() => parent.to_owned(),
-            _ => self.folder.clone(),
-        }
+        disk_of(&self.folder).map_or_else(|| self.folder.clone(), Path::to_owned)
     }
 
     fn queue_u32(&self, name: &'static str) -> Result<u32> {
@@ -240,6 +243,42 @@ impl BlockDevice {
         text.parse()
             .map_err(|e| SysError::call("read", path, io::Error::other(e)))
     }
+}
+
+/// Whether the file system of `path` lies on `below`, whatever is between them: a partition, LVM, LUKS, md.
+pub fn lies_on(path: &Path, below: DeviceNumber) -> Result<bool> {
+    if crate::fs::device_of(path)? == below {
+        return Ok(true);
+    }
+    // What sysfs does not know is not built on anything.
+    let under = BlockDevice::under(path).ok().flatten();
+    Ok(under.is_some_and(|device| device.stands_on(below)))
+}
+
+/// More layers of block devices than this are not looked through.
+const LAYERS_MAX: u32 = 8;
+
+fn folder_stands_on(folder: &Path, below: DeviceNumber, layers: u32) -> bool {
+    let number = read_trimmed(&folder.join("dev")).ok();
+    if number.and_then(|text| DeviceNumber::parse(&text)) == Some(below) {
+        return true;
+    }
+    let Some(layers) = layers.checked_sub(1) else {
+        return false;
+    };
+    let slaves = folder.join("slaves");
+    let built_on = names_in(&slaves).unwrap_or_default().into_iter();
+    built_on
+        .filter_map(|name| std::fs::canonicalize(slaves.join(name)).ok())
+        .chain(disk_of(folder).map(Path::to_owned))
+        .any(|lower| folder_stands_on(&lower, below, layers))
+}
+
+/// The folder of the disk that a partition is of.
+fn disk_of(folder: &Path) -> Option<&Path> {
+    folder
+        .parent()
+        .filter(|_| folder.join("partition").exists())
 }
 
 /// What went through a block device since it appeared. A sector is 512 bytes, whatever the device's own are.
@@ -461,6 +500,41 @@ mod tests {
             device.mounts().unwrap();
             device.is_swap().unwrap();
         }
+    }
+
+    /// trap TE6: LVM on LUKS on a partition of the disk; what lies beside it is not below it.
+    #[test]
+    fn layers_are_looked_through() {
+        let root = std::env::temp_dir().join(format!("blktide-sys-layers-{}", std::process::id()));
+        let device = |path: &str, number: &str, below: &[&str]| {
+            let folder = root.join(path);
+            std::fs::create_dir_all(folder.join("slaves")).unwrap();
+            std::fs::File::create(folder.join("dev"))
+                .and_then(|mut file| io::Write::write_all(&mut file, number.as_bytes()))
+                .unwrap();
+            for (n, lower) in below.iter().enumerate() {
+                let link = folder.join("slaves").join(n.to_string());
+                std::os::unix::fs::symlink(root.join(lower), link).unwrap();
+            }
+            folder
+        };
+        let disk = device("sda", "8:0\n", &[]);
+        let partition = device("sda/sda1", "8:1\n", &[]);
+        let sibling = device("sda/sda2", "8:2\n", &[]);
+        for part in [&partition, &sibling] {
+            std::fs::File::create(part.join("partition")).unwrap();
+        }
+        device("dm-0", "253:0\n", &["sda/sda1"]);
+        let top = device("dm-1", "253:1\n", &["dm-0"]);
+        let number = |text: &str| DeviceNumber::parse(text).unwrap();
+        let on = |folder: &Path, text: &str| folder_stands_on(folder, number(text), LAYERS_MAX);
+        for below in ["253:1", "253:0", "8:1", "8:0"] {
+            assert!(on(&top, below), "{below}");
+        }
+        assert!(!on(&top, "8:2"));
+        assert!(on(&partition, "8:0") && !on(&disk, "8:1") && !on(&sibling, "8:1"));
+        assert!(!folder_stands_on(&top, number("8:0"), 2), "no end");
+        std::fs::remove_dir_all(&root).unwrap();
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use crate::error::{Refusal, VolumeError};
 use crate::message::SaveArea;
 use blktide_engine::Snapshot;
-use blktide_sys::blockdev::BlockDevice;
+use blktide_sys::blockdev::lies_on;
 use blktide_sys::fs::{self, Unnamed};
 use blktide_sys::memfd::Memfd;
 use blktide_sys::mounts::DeviceNumber;
@@ -99,10 +99,7 @@ fn refuse_on_volume(folder: &Path, tracked: Option<DeviceNumber>) -> Result<(), 
     let Some(tracked) = tracked else {
         return Ok(());
     };
-    let own = fs::device_of(folder).map_err(failed)?;
-    let below = BlockDevice::under(folder).ok().flatten();
-    let on_it = own == tracked || below.is_some_and(|device| stands_on(&device, tracked, 8));
-    if on_it {
+    if lies_on(folder, tracked).map_err(failed)? {
         Err(refused(
             Refusal::SaveAreaOnVolume,
             "the save area lies on the volume itself: name another path, or memory",
@@ -110,32 +107,6 @@ fn refuse_on_volume(folder: &Path, tracked: Option<DeviceNumber>) -> Result<(), 
     } else {
         Ok(())
     }
-}
-
-/// Whether `device` is `tracked`, a partition of it, or built on it.
-fn stands_on(device: &BlockDevice, tracked: DeviceNumber, depth: u32) -> bool {
-    if device.number() == tracked {
-        return true;
-    }
-    if depth == 0 {
-        return false;
-    }
-    let folder = device.sys_folder();
-    let parent = folder
-        .parent()
-        .and_then(|p| std::fs::read_to_string(p.join("dev")).ok())
-        .and_then(|text| DeviceNumber::parse(&text));
-    if parent == Some(tracked) {
-        return true;
-    }
-    let slaves = std::fs::read_dir(folder.join("slaves"));
-    slaves.into_iter().flatten().flatten().any(|entry| {
-        std::fs::read_to_string(entry.path().join("dev"))
-            .ok()
-            .and_then(|text| DeviceNumber::parse(&text))
-            .and_then(|number| BlockDevice::of_number(number).ok())
-            .is_some_and(|below| stands_on(&below, tracked, depth - 1))
-    })
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
