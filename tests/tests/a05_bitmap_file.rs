@@ -136,13 +136,13 @@ fn a_damaged_bitmap_file_is_refused() -> Result<()> {
     volume.round("marker flipped", &["bitmap-damaged"], |v| {
         flip(&v.file("marker"), &mut seed)
     })?;
-    for draw in 0..count(3, 30) {
+    for draw in 0..count(4, 30) {
         volume.round(&format!("cut {draw}"), &["bitmap-damaged"], |v| {
             let path = v.file("bitmap");
             cut(&path, seed.below(fs::metadata(&path)?.len()))
         })?;
     }
-    for draw in 0..count(4, 100) {
+    for draw in 0..count(6, 100) {
         volume.round(&format!("flip {draw}"), &["bitmap-damaged"], |v| {
             flip(&v.file("bitmap"), &mut seed)
         })?;
