@@ -5,6 +5,7 @@
 //!      └─ a server lives ─▶ adopt its descriptors
 //! watch: server dead ─┬─ ENDED clean ──▶ tidy up, return
 //!                     ├─ not attached ─▶ give the attach up
+//!                     ├─ connection over, and nobody detached ─▶ tidy up, error
 //!                     └─ else ─────────▶ successor at once (after 5 deaths without progress: pass-through)
 //!        server hung ───▶ killed
 //! ```
@@ -35,7 +36,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use watch::{Deaths, Hung};
+use watch::{Deaths, Fate, Hung};
 
 /// How often queues are looked at for standing still.
 const LOOK: Duration = Duration::from_secs(1);
@@ -345,26 +346,24 @@ impl Keeper {
     /// True if the volume is detached.
     fn server_ended(&mut self, exit: Exit) -> Result<bool, VolumeError> {
         self.pass_log_on();
-        let ended = self.word(control::ENDED);
-        if ended == word::CLEAN {
-            setup::remove_names(&self.start.options);
-            self.say("detached");
-            return Ok(true);
-        }
-        if self.attaching.is_some() {
-            // Better no volume than one that keeps dying from its first moment.
-            setup::take_down(&self.start.options);
-            return Err(self.gone(watch::how(exit)));
-        }
-        if setup::is_over(&self.inherited.fuse) {
-            setup::take_down(&self.start.options);
-            return Err(self.gone("its FUSE connection was ended from outside".to_owned()));
-        }
-        if ended == word::REFUSED
-            && let Some(older) = self.older.take()
-        {
-            self.say("this build refuses to go on: the one before does");
-            self.inherited.program = older;
+        let (ended, closing) = (self.word(control::ENDED), self.word(control::CLOSING));
+        let over = setup::is_over(&self.inherited.fuse);
+        match self.deaths.fate(ended, closing, over) {
+            Fate::Detached => {
+                setup::remove_names(&self.start.options);
+                self.say("detached");
+                return Ok(true);
+            }
+            // Better no volume than one that keeps dying from its first moment: nobody uses it yet.
+            _ if self.attaching.is_some() => {
+                setup::take_down(&self.start.options);
+                return Err(self.gone(watch::how(exit)));
+            }
+            Fate::Gone => {
+                setup::take_down(&self.start.options);
+                return Err(self.gone("its FUSE connection was ended from outside".to_owned()));
+            }
+            Fate::Successor => {}
         }
         self.succeed(exit).map(|()| false)
     }

@@ -1,6 +1,6 @@
-//! When a server is started again, and when a living one is taken for hung.
+//! What follows a server's end, and when a living one is taken for hung.
 
-use crate::start::Role;
+use crate::start::{Role, word};
 use blktide_format::shared::{Shape, queue};
 use blktide_sys::mapping::Mapping;
 use blktide_sys::process::Exit;
@@ -25,6 +25,17 @@ pub(super) struct Deaths {
     in_row: u32,
 }
 
+/// What follows a server's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// Nothing: the volume is detached.
+    Detached,
+    /// The connection was ended from outside: no server can serve it any more.
+    Gone,
+    /// Another server.
+    Successor,
+}
+
 /// What comes after a death.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Step {
@@ -34,6 +45,20 @@ pub(super) struct Step {
 }
 
 impl Deaths {
+    /// What follows an end, by the words `ENDED` and `CLOSING`. `over`: the connection has ended.
+    ///
+    /// Unmounted by a detach whose server died before the bitmap was stored: a successor stores it, if one can.
+    pub(super) const fn fate(&self, ended: u64, closing: u64, over: bool) -> Fate {
+        let stores = closing == word::CLEARED && self.in_row <= DEATHS_MAX;
+        if ended == word::CLEAN {
+            Fate::Detached
+        } else if over && !stores {
+            Fate::Gone
+        } else {
+            Fate::Successor
+        }
+    }
+
     /// Counts a death of a server that lived so long, and finished requests or not.
     pub(super) fn count(&mut self, lived: Duration, progress: bool) -> Step {
         if progress || lived >= LIFE_MIN {
@@ -166,6 +191,23 @@ mod tests {
                 "so does a life"
             );
         }
+    }
+
+    /// A server that dies after the unmount has not stored the bitmap yet.
+    #[test]
+    fn a_detach_goes_on_after_a_death() {
+        let mut deaths = Deaths::default();
+        let over = |deaths: &Deaths, closing| deaths.fate(0, closing, true);
+        assert_eq!(over(&deaths, word::CLEARED), Fate::Successor);
+        assert_eq!(over(&deaths, 0), Fate::Gone, "nobody detached");
+        for _ in 0..=DEATHS_MAX {
+            assert_eq!(over(&deaths, word::CLEARED), Fate::Successor);
+            deaths.count(Duration::ZERO, false);
+        }
+        assert_eq!(over(&deaths, word::CLEARED), Fate::Gone, "not for ever");
+        let clean = deaths.fate(word::CLEAN, word::CLEARED, true);
+        assert_eq!(clean, Fate::Detached);
+        assert_eq!(deaths.fate(0, 0, false), Fate::Successor);
     }
 
     fn memory() -> (Mapping, Shape) {
