@@ -92,6 +92,7 @@ pub(crate) fn open(
     life.store(engine);
     let identity = identity(start, engine, life)?;
     let mut around = Around::new(&folder, backing)?;
+    let sectors = sectors_changed(backing);
     let begun = handover::attach(identity, &mut around)
         .map_err(|source| VolumeError::Handover { source })?;
     let wall = SystemClock.wall();
@@ -119,7 +120,7 @@ pub(crate) fn open(
             log.say(&format!("server: tracking begins anew, {reason}: {detail}"));
         }
     }
-    if let Some(sectors) = backing.sectors_changed() {
+    if let Some(sectors) = sectors {
         engine.set_word(control::SECTORS_WRITTEN, sectors);
     }
     Ok(life)
@@ -155,6 +156,15 @@ pub(crate) fn close(
             source: around.last.unwrap_or_else(|| io::ErrorKind::Other.into()),
         }),
     }
+}
+
+/// The device's count before the evidence is taken: what somebody else writes from here on is seen at the next hold.
+fn sectors_changed(backing: &Backing) -> Option<u64> {
+    backing.sectors_changed()?;
+    // What an earlier user left in the page cache is not written past us: the evidence's reads would push it out. If this
+    // fails, a full backup too many is all that comes of it.
+    drop(fs::sync_data(&**backing.file()));
+    backing.sectors_changed()
 }
 
 fn identity(start: &Start, engine: &Engine, life: Life) -> Result<Identity, VolumeError> {

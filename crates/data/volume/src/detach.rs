@@ -16,7 +16,7 @@ use crate::start::word;
 use blktide_format::shared::control;
 use blktide_sys::clock::SystemClock;
 use blktide_sys::loopdev::LoopDevice;
-use blktide_sys::{Errno, event, fuse, mounts};
+use blktide_sys::{Errno, event, fs, fuse, mounts};
 use blktide_types::clock::Clock;
 use blktide_types::io::RevokeCause;
 use std::time::Duration;
@@ -89,6 +89,12 @@ impl Server {
             clean &= thread.join().is_ok();
         }
         clean &= self.queues.results.try_iter().all(|r| r.is_ok());
+        // What somebody else wrote since the last hold, also what still is in the page cache: the evidence is taken after
+        // it, and would match at the next attach. If flushing fails here, it fails again below.
+        drop(fs::sync_data(&**self.backing.file()));
+        if let Some((reason, detail)) = self.gone_past_us() {
+            self.distrust(reason, &detail);
+        }
         let (start, backing, engine) = (&self.start, &self.backing, &self.engine);
         let stored = if clean {
             bitmap::close(start, backing, engine, &self.tracker, self.life)

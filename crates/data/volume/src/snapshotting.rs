@@ -388,8 +388,8 @@ impl Server {
         figures
     }
 
-    /// Whether something was written past us while we are in the path (P5), or could have been (P9).
-    fn gone_past_us(&self) -> Option<(Reason, String)> {
+    /// Whether something was written past us while we are in the path (P5), or could have been (P9). Nobody is inside.
+    pub(crate) fn gone_past_us(&self) -> Option<(Reason, String)> {
         if let Some(device) = self.loop_device() {
             let path = PathBuf::from(format!("/sys/block/loop{}/loop/dio", device.number()));
             let direct = std::fs::read_to_string(&path);
@@ -400,10 +400,12 @@ impl Server {
         }
         let ours = self.engine.word(control::SECTORS_WRITTEN);
         let theirs = self.backing.sectors_changed()?;
+        // None of ours is under way, so both counts stand still. What we counted and the device did not (a write that
+        // failed) must not hide as much of somebody else's for ever.
+        self.engine.set_word(control::SECTORS_WRITTEN, theirs);
         if theirs <= ours {
             return None;
         }
-        self.engine.set_word(control::SECTORS_WRITTEN, theirs);
         let more = theirs.saturating_sub(ours);
         let detail = format!("{more} sectors were written to the backing device past the tracker");
         Some((Reason::ForeignWrite, detail))
