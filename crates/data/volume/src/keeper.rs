@@ -6,7 +6,8 @@
 //! watch: server dead ─┬─ ENDED clean ──▶ tidy up, return
 //!                     ├─ not attached ─▶ give the attach up
 //!                     ├─ connection over, and nobody detached ─▶ tidy up, error
-//!                     └─ else ─────────▶ successor at once (after 5 deaths without progress: pass-through)
+//!                     └─ else ─────────▶ successor at once (a new build without progress: the build before;
+//!                                        after 5 deaths without progress: pass-through)
 //!        server hung ───▶ killed
 //! ```
 //! **Invariant**: from the attach until ENDED is clean somebody holds the connection, the slots and the live bitmap, and
@@ -36,7 +37,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use watch::{Deaths, Fate, Hung};
+use watch::{Deaths, Fate, Hung, Older};
 
 /// How often queues are looked at for standing still.
 const LOOK: Duration = Duration::from_secs(1);
@@ -103,8 +104,7 @@ struct Keeper {
     start: Start,
     shape: Shape,
     inherited: Inherited,
-    /// What the servers before were started from, if that is another build.
-    older: Option<Program>,
+    older: Older,
     control: Arc<Mapping>,
     log: Log,
     /// Held in memory only.
@@ -141,7 +141,7 @@ impl Keeper {
         let program = Program::this().map_err(|e| fail(io::Error::other(e)))?;
         let older = std::mem::replace(&mut inherited.program, program);
         let mut keeper = Self::over(start, inherited)?;
-        keeper.older = Some(older);
+        keeper.older = Older::new(older);
         if keeper.word(control::LOOP_NUMBER) == 0 {
             let attaching = setup::Attaching::start(&keeper.start.options, &keeper.shape)?;
             keeper.attaching = Some(attaching);
@@ -183,7 +183,7 @@ impl Keeper {
             start,
             shape,
             inherited,
-            older: None,
+            older: Older::default(),
             control,
             _slots: slots,
             _lock: lock.ok(),
@@ -258,6 +258,7 @@ impl Keeper {
         });
         self.server = started.map_err(fail)?.process;
         self.server_since = SystemClock.now();
+        self.older.note_start();
         self.set_word(
             control::SERVER_PID,
             u64::try_from(self.server.pid()).unwrap_or(0),
@@ -373,7 +374,12 @@ impl Keeper {
         let seen = SystemClock.now();
         let dead = self.server.pid();
         let progress = self.finished() != self.word(control::FINISHED_AT_START);
-        let step = self.deaths.count(seen.since(self.server_since), progress);
+        let lived = seen.since(self.server_since);
+        if let Some(older) = self.older.note_death(lived, progress) {
+            self.say("this build's server ended without having served: the build before goes on");
+            self.inherited.program = older;
+        }
+        let step = self.deaths.count(lived, progress);
         self.set_word(control::DEATHS_IN_ROW, u64::from(self.deaths.in_row()));
         if let Some(time) = step.pause {
             pause(time).map_err(|e| self.io("wait for", e))?;

@@ -4,6 +4,7 @@ use crate::start::{Role, word};
 use blktide_format::shared::{Shape, queue};
 use blktide_sys::mapping::Mapping;
 use blktide_sys::process::Exit;
+use blktide_sys::spawn::Program;
 use blktide_types::clock::Instant;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -36,6 +37,44 @@ pub(super) enum Fate {
     Successor,
 }
 
+/// The program that servers were started from before this build came: what goes on if this build cannot (P7).
+#[derive(Debug, Default)]
+pub(super) struct Older {
+    program: Option<Program>,
+    /// The server was started from this build.
+    tried: bool,
+}
+
+impl Older {
+    pub(super) const fn new(program: Program) -> Self {
+        Self {
+            program: Some(program),
+            tried: false,
+        }
+    }
+
+    /// A server was started from the program at hand.
+    pub(super) const fn note_start(&mut self) {
+        self.tried = true;
+    }
+
+    /// A server has died; it had finished requests, or lived long, or not. The program to go back to, if this build's first
+    /// server did neither: it may not know the memory's layout.
+    pub(super) fn note_death(&mut self, lived: Duration, progress: bool) -> Option<Program> {
+        if !self.tried {
+            // It was started by the keeper before, from the older one.
+            return None;
+        }
+        let older = self.program.take();
+        older.filter(|_| !is_life(lived, progress))
+    }
+}
+
+/// Whether a server did something, or at least lived: it is not one that keeps dying.
+fn is_life(lived: Duration, progress: bool) -> bool {
+    progress || lived >= LIFE_MIN
+}
+
 /// What comes after a death.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Step {
@@ -61,7 +100,7 @@ impl Deaths {
 
     /// Counts a death of a server that lived so long, and finished requests or not.
     pub(super) fn count(&mut self, lived: Duration, progress: bool) -> Step {
-        if progress || lived >= LIFE_MIN {
+        if is_life(lived, progress) {
             self.in_row = 0;
         }
         self.in_row = self.in_row.saturating_add(1);
@@ -150,6 +189,7 @@ mod tests {
     use blktide_sys::memfd::Memfd;
     use blktide_types::geometry::Geometry;
     use blktide_types::unit::BlockSize;
+    use std::path::Path;
 
     #[test]
     fn five_deaths_without_progress_and_it_passes_through() {
@@ -190,6 +230,25 @@ mod tests {
                 },
                 "so does a life"
             );
+        }
+    }
+
+    /// req P7: a build that does not know the layout is replaced by the one before, at once.
+    #[test]
+    fn the_build_before_goes_on_if_this_one_cannot() {
+        let adopted = || Older::new(Program::copy_of(Path::new("/bin/sh")).unwrap());
+        let mut refusing = adopted();
+        let first = refusing.note_death(Duration::ZERO, false);
+        assert!(first.is_none(), "that was the older one's");
+        refusing.note_start();
+        assert!(refusing.note_death(Duration::ZERO, false).is_some());
+        assert!(refusing.note_death(Duration::ZERO, false).is_none());
+        for (lived, progress) in [(Duration::ZERO, true), (LIFE_MIN, false)] {
+            let mut working = adopted();
+            working.note_start();
+            assert!(working.note_death(lived, progress).is_none());
+            let later = working.note_death(Duration::ZERO, false);
+            assert!(later.is_none(), "it has shown that it can");
         }
     }
 
