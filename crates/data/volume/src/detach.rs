@@ -19,10 +19,13 @@ use blktide_sys::loopdev::LoopDevice;
 use blktide_sys::{Errno, event, fs, fuse, mounts};
 use blktide_types::clock::Clock;
 use blktide_types::io::RevokeCause;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// How long the kernel may take to let go of the loop device or the mount.
 const LET_GO: Duration = Duration::from_secs(10);
+/// How long the queues may take to end by themselves once the mount is gone.
+const QUEUES_END: Duration = Duration::from_secs(5);
 
 impl Server {
     pub(crate) fn detach(&mut self, id: u64) -> Flow {
@@ -43,19 +46,22 @@ impl Server {
         self.end_snapshot();
         let was = self.engine.word(control::STATE);
         self.engine.set_word(control::STATE, word::DETACHING);
-        if let Err(why) = self.take_out() {
-            self.engine.set_word(control::CLOSING, 0);
-            self.engine.set_word(control::STATE, was);
-            self.refuse(id, Refusal::InUse, &why);
-            return Flow::GoOn;
-        }
-        self.store_bitmap();
+        let connection = match self.take_out() {
+            Ok(connection) => connection,
+            Err(why) => {
+                self.engine.set_word(control::CLOSING, 0);
+                self.engine.set_word(control::STATE, was);
+                self.refuse(id, Refusal::InUse, &why);
+                return Flow::GoOn;
+            }
+        };
+        self.store_bitmap(connection.as_ref());
         self.reply(id, &Reply::Done);
         Flow::Ended
     }
 
-    /// Clears the loop device and unmounts; words of what is in the way otherwise.
-    fn take_out(&self) -> Result<(), String> {
+    /// Clears the loop device and unmounts; words of what is in the way otherwise. The connection that was mounted, if it was.
+    fn take_out(&self) -> Result<Option<fuse::Connection>, String> {
         if let Some(device) = self.loop_device() {
             device.clear().map_err(|e| chain(&e))?;
             let deadline = SystemClock.now().after(LET_GO);
@@ -67,11 +73,12 @@ impl Server {
         }
         self.engine.set_word(control::CLOSING, word::CLEARED);
         let at = self.start.options.mount_point();
+        let connection = fuse::Connection::of_mount(&at).ok();
         let deadline = SystemClock.now().after(LET_GO);
         loop {
             match fuse::unmount(&at, false) {
-                Ok(()) => return Ok(()),
-                Err(_) if matches!(mounts::at(&at), Ok(None)) => return Ok(()),
+                Ok(()) => return Ok(connection),
+                Err(_) if matches!(mounts::at(&at), Ok(None)) => return Ok(connection),
                 Err(e) if e.errno() != Some(Errno::BUSY) || SystemClock.now() >= deadline => {
                     return Err(chain(&e));
                 }
@@ -82,12 +89,9 @@ impl Server {
     }
 
     /// Waits for the queues' ends, stores the bitmap, says that this server ended cleanly. Also what a successor does that
-    /// finds the volume closed.
-    pub(crate) fn store_bitmap(&mut self) {
-        let mut clean = true;
-        for thread in self.queues.threads.drain(..) {
-            clean &= thread.join().is_ok();
-        }
+    /// finds the volume closed. `connection` is the one that was unmounted, if it is known.
+    pub(crate) fn store_bitmap(&mut self, connection: Option<&fuse::Connection>) {
+        let mut clean = self.queues_end(connection);
         clean &= self.queues.results.try_iter().all(|r| r.is_ok());
         // What somebody else wrote since the last hold, also what still is in the page cache: the evidence is taken after
         // it, and would match at the next attach. If flushing fails here, it fails again below.
@@ -106,6 +110,43 @@ impl Server {
             self.say(&format!("server: the bitmap was not stored: {}", chain(e)));
         }
         self.engine.set_word(control::ENDED, word::CLEAN);
+    }
+}
+
+impl Server {
+    /// Ends the queues' threads. False: one has failed, or does not end.
+    ///
+    /// A copy of the mount in another mount namespace keeps the connection alive after ours is gone: then it is aborted.
+    /// Nothing of the volume is lost by that, for its loop device is unbound already.
+    fn queues_end(&mut self, connection: Option<&fuse::Connection>) -> bool {
+        if !self.wait_for_queues(QUEUES_END) {
+            self.say("server: something still holds the connection to the kernel; it is aborted");
+            let aborted = connection.map(fuse::Connection::abort);
+            // Unknown: a predecessor has unmounted it. The keeper's end closes it.
+            if !matches!(aborted, Some(Ok(()))) && !self.wait_for_queues(QUEUES_END) {
+                return false;
+            }
+        }
+        let mut clean = true;
+        for thread in self.queues.threads.drain(..) {
+            clean &= thread.join().is_ok();
+        }
+        clean
+    }
+
+    /// Whether all queues' threads end within `limit`.
+    fn wait_for_queues(&self, limit: Duration) -> bool {
+        let deadline = SystemClock.now().after(limit);
+        loop {
+            if self.queues.threads.iter().all(JoinHandle::is_finished) {
+                return true;
+            }
+            // A thread's end is rung a moment before it is over, and by one queue for all.
+            let paused = event::pause(Duration::from_millis(2));
+            if paused.is_err() || SystemClock.now() >= deadline {
+                return false;
+            }
+        }
     }
 }
 

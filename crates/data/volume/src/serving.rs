@@ -161,15 +161,13 @@ impl Server {
         } else {
             Duration::from_millis(500)
         };
-        let mut watched = vec![
-            Watched::readable(&*self.queues.ended),
-            Watched::readable(&self.listener),
-        ];
-        watched.extend(
-            self.connections
-                .iter()
-                .map(|c| Watched::readable(&c.socket)),
-        );
+        let mut watched = vec![Watched::readable(&*self.queues.ended)];
+        // A client's request may take long, and only this thread ends a hold in time: clients wait for it.
+        if !self.pending.as_ref().is_some_and(Pending::holds) {
+            watched.push(Watched::readable(&self.listener));
+            let sockets = self.connections.iter().map(|c| &c.socket);
+            watched.extend(sockets.map(Watched::readable));
+        }
         poll(&mut watched, Some(limit))?;
         let what = [Ready::QueueEnded, Ready::Listener];
         let connections = self.connections.iter().map(|c| Ready::Connection(c.id));
@@ -274,7 +272,7 @@ impl Server {
         }
         if self.engine.word(control::CLOSING) == word::CLEARED {
             // A predecessor has unmounted and died.
-            self.store_bitmap();
+            self.store_bitmap(None);
             return Ok(());
         }
         self.distrust(

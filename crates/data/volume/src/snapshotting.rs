@@ -72,6 +72,11 @@ pub(crate) struct Pending {
 }
 
 impl Pending {
+    /// Whether the gate may be set for it.
+    pub(crate) const fn holds(&self) -> bool {
+        self.hold.is_some()
+    }
+
     /// How long the control thread may wait for something else.
     pub(crate) fn patience(&self) -> Duration {
         match &self.hold {
