@@ -4,7 +4,8 @@
 //! start ─▶ [waits for a buffer] ─▶ read device ─▶ write save area ─▶ Copied
 //! ```
 //! **Invariant**: a buffer, and the snapshot it belongs to, stay until its operations are over, whatever became of the
-//! request; so what lands late lands in a place that is still this snapshot's.
+//! request; so what lands late lands in a place that is still this snapshot's. Each copy is told of once, also one that
+//! cannot be started: a request waits for it.
 
 use crate::memory::SharedMemory;
 use crate::save_area::SaveFile;
@@ -63,6 +64,8 @@ pub(crate) struct Preserves {
     kind: u64,
     moving: Vec<Option<Moving>>,
     queued: VecDeque<Copy>,
+    /// Queued ones that could not be started.
+    failed: VecDeque<Copied>,
     files: Vec<(u64, FileId)>,
     count: u64,
 }
@@ -86,6 +89,7 @@ impl Preserves {
             kind,
             moving: (0..BUFFERS).map(|_| None).collect(),
             queued: VecDeque::with_capacity(slots * blktide_engine::LANES),
+            failed: VecDeque::with_capacity(slots * blktide_engine::LANES),
             files: Vec::with_capacity(FILES),
             count: 0,
         })
@@ -107,7 +111,7 @@ impl Preserves {
         }
     }
 
-    /// Goes on with the one of this number. `Some`: it is over.
+    /// Goes on with the one of this number. `Some`: it is over; [`Self::next_failed`] may have more that are.
     pub(crate) fn advance(
         &mut self,
         transfers: &mut Transfers,
@@ -116,20 +120,24 @@ impl Preserves {
     ) -> Option<Copied> {
         let buffer = usize::try_from(number).ok()?;
         let moving = self.moving.get_mut(buffer)?.take()?;
-        let over = match (result, moving.writing) {
-            (Ok(()), false) => return self.write(transfers, buffer, moving),
-            (Ok(()), true) => Outcome::Safe,
-            (Err(_), false) => Outcome::Unreadable,
-            (Err(e), true) => save_outcome(&e),
+        let copied = match (result, moving.writing) {
+            (Ok(()), false) => self.write(transfers, buffer, moving)?,
+            (Ok(()), true) => self.over(&moving.copy, Outcome::Safe),
+            (Err(_), false) => self.over(&moving.copy, Outcome::Unreadable),
+            (Err(e), true) => self.over(&moving.copy, save_outcome(&e)),
         };
-        let copied = self.over(&moving.copy, over);
         while let Some(copy) = self.queued.pop_front() {
-            // One that cannot be started is heard of by its request's deadline: it is the ring that is broken.
-            if self.read(transfers, buffer, copy).is_none() {
-                break;
+            match self.read(transfers, buffer, copy) {
+                None => break,
+                Some(failed) => self.failed.push_back(failed),
             }
         }
         Some(copied)
+    }
+
+    /// One that was queued and could not be started.
+    pub(crate) fn next_failed(&mut self) -> Option<Copied> {
+        self.failed.pop_front()
     }
 
     /// Forgets the save areas of ended snapshots.

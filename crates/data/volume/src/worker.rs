@@ -220,6 +220,9 @@ impl<F: Frontend> Worker<F> {
                 if let Some(copied) = copied {
                     self.preserved(&copied);
                 }
+                while let Some(failed) = self.preserves.next_failed() {
+                    self.preserved(&failed);
+                }
             }
             (_, Outcome::Done(_) | Outcome::Readable | Outcome::TimedOut) => {}
         }
@@ -252,6 +255,13 @@ impl<F: Frontend> Worker<F> {
                     ..
                 } => {
                     let Some(snapshot) = self.queue.snapshot().cloned() else {
+                        // It has ended meanwhile; the request waits for this copy all the same.
+                        let outcome = blktide_engine::Outcome::SaveAreaFailed;
+                        self.preserved(&Copied {
+                            slot,
+                            ticket,
+                            outcome,
+                        });
                         continue;
                     };
                     let copy = crate::preserves::Copy {
