@@ -77,6 +77,13 @@ pub struct Binding {
     pub direct: bool,
 }
 
+impl Binding {
+    /// The device number of its file's file system.
+    pub fn file_system(&self) -> DeviceNumber {
+        DeviceNumber::from_raw(self.file.0)
+    }
+}
+
 /// How a loop device is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoopOptions<'a> {

@@ -1,7 +1,7 @@
 //! The keeper: holds what must outlive a server, and starts servers.
 //!
 //! ```text
-//! run ─┬─ nobody serves ─▶ Setup (memories, mount, socket) ─▶ first server ─▶ loop device, symlink ─▶ attached
+//! run ─┬─ nobody serves ─▶ Setup (memories, mount, socket) ─▶ first server ─▶ loop device, noted, symlink ─▶ attached
 //!      └─ a server lives ─▶ adopt its descriptors
 //! watch: server dead ─┬─ ENDED clean ──▶ tidy up, return
 //!                     ├─ not attached ─▶ give the attach up
@@ -21,11 +21,13 @@ use crate::error::VolumeError;
 use crate::inherited::{FIRST_NUMBER, Inherited, read_options};
 use crate::log::Log;
 use crate::options::VolumeOptions;
+use crate::save_area::chain;
 use crate::server::FENCE_LIMIT;
 use crate::start::{Role, Start, word};
 use blktide_format::shared::{Shape, control, queue};
 use blktide_sys::clock::SystemClock;
 use blktide_sys::event::{SignalFd, Signals, Watched, pause, poll};
+use blktide_sys::loopdev::LoopDevice;
 use blktide_sys::mapping::Mapping;
 use blktide_sys::memfd::Memfd;
 use blktide_sys::process::{self, Exit, PidFd};
@@ -114,6 +116,8 @@ struct Keeper {
     server_since: Instant,
     deaths: Deaths,
     attaching: Option<setup::Attaching>,
+    /// Found as it is: it may be in use, so that nothing of it is taken away.
+    adopted: bool,
 }
 
 impl Keeper {
@@ -142,7 +146,11 @@ impl Keeper {
         let older = std::mem::replace(&mut inherited.program, program);
         let mut keeper = Self::over(start, inherited)?;
         keeper.older = Older::new(older);
-        if keeper.word(control::LOOP_NUMBER) == 0 {
+        keeper.adopted = true;
+        let number = keeper.word(control::LOOP_NUMBER).checked_sub(1);
+        if let Some(number) = number.and_then(|n| u32::try_from(n).ok()) {
+            keeper.expose_adopted(LoopDevice::of_number(number));
+        } else if keeper.word(control::CLOSING) != word::CLEARED {
             let attaching = setup::Attaching::start(&keeper.start.options, &keeper.shape)?;
             keeper.attaching = Some(attaching);
         }
@@ -191,6 +199,7 @@ impl Keeper {
             server_since: SystemClock.now(),
             deaths: Deaths::default(),
             attaching: None,
+            adopted: false,
         };
         for warning in word::warnings(warnings) {
             keeper.say(&warning);
@@ -284,6 +293,8 @@ impl Keeper {
                     "{signal:?} is ignored while the volume is attached: detach it"
                 ));
             }
+            // Before the server's end: that means another thing once the volume is attached.
+            self.look_at_attach()?;
             if let Ok(Some(exit)) = self.server.try_wait() {
                 hung = Hung::default();
                 if self.server_ended(exit)? {
@@ -294,7 +305,6 @@ impl Keeper {
                 // Its end is seen in the next turn; if it has ended by itself, too.
                 drop(self.server.signal(Signals::Kill));
             }
-            self.look_at_attach()?;
             self.pass_log_on();
         }
     }
@@ -309,22 +319,56 @@ impl Keeper {
             return Ok(());
         };
         self.attaching = None;
-        let done = result.inspect_err(|_| self.give_up())?;
+        let done = match result {
+            Ok(done) => done,
+            Err(e) if self.adopted => {
+                self.say(&format!("without a block device: {}", chain(&e)));
+                // Attached as far as it can be, so that it can be detached.
+                self.set_attached();
+                return Ok(());
+            }
+            Err(e) => {
+                self.give_up();
+                return Err(e);
+            }
+        };
         self.set_word(control::FRONTEND, done.connection);
         let number = u64::from(done.device.number());
         self.set_word(control::LOOP_NUMBER, number.saturating_add(1));
-        if let Some(state) = self.cell(control::STATE) {
-            // Unless the server is passing through, or is being detached already.
-            let (from, to) = (word::ATTACHING, word::ATTACHED);
-            let _was = state.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst);
+        if self.adopted {
+            self.expose_adopted(done.device);
+            return Ok(());
         }
-        let (node, device) = (self.start.options.node(), done.device.node());
+        let exposed = self.expose(done.device);
+        exposed.inspect_err(|_| self.give_up())
+    }
+
+    /// Gives the device its name. Only what the shared memory knows of: from now on it is used.
+    fn expose(&self, device: LoopDevice) -> Result<(), VolumeError> {
+        setup::link(&self.start.options, device)?;
+        self.set_attached();
+        let (node, device) = (self.start.options.node(), device.node());
         self.say(&format!(
             "attached: {} → {}",
             node.display(),
             device.display()
         ));
         Ok(())
+    }
+
+    fn expose_adopted(&self, device: LoopDevice) {
+        if let Err(e) = self.expose(device) {
+            self.say(&format!("without its name: {}", chain(&e)));
+            self.set_attached();
+        }
+    }
+
+    fn set_attached(&self) {
+        if let Some(state) = self.cell(control::STATE) {
+            // Unless the server is passing through, or is being detached already.
+            let (from, to) = (word::ATTACHING, word::ATTACHED);
+            let _was = state.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst);
+        }
     }
 
     /// Gives the attach up: nobody uses the volume yet.
@@ -356,7 +400,7 @@ impl Keeper {
                 return Ok(true);
             }
             // Better no volume than one that keeps dying from its first moment: nobody uses it yet.
-            _ if self.attaching.is_some() => {
+            _ if self.attaching.is_some() && !self.adopted => {
                 setup::take_down(&self.start.options);
                 return Err(self.gone(watch::how(exit)));
             }

@@ -160,16 +160,28 @@ fn clear_stale(options: &VolumeOptions) {
     }
 }
 
-/// The loop device that the volume's symlink leads to, if it serves the volume's file.
+/// The loop device that serves the volume's file, by sysfs: opens nothing, so a dead server is not waited for.
 fn own_loop(options: &VolumeOptions) -> Option<LoopDevice> {
-    let node = std::fs::read_link(options.node()).ok()?;
-    let number = node.to_str()?.strip_prefix("/dev/loop")?.parse().ok()?;
-    let device = LoopDevice::of_number(number);
-    let file =
-        std::fs::read_to_string(format!("/sys/block/loop{number}/loop/backing_file")).ok()?;
-    Path::new(file.trim_end())
-        .starts_with(options.mount_point())
-        .then_some(device)
+    let at = options.mount_point();
+    // Sysfs has real paths. Never the mount point itself: its server may be dead.
+    let real = at.parent().and_then(|p| std::fs::canonicalize(p).ok());
+    let at = match (real, at.file_name()) {
+        (Some(parent), Some(name)) => parent.join(name),
+        _ => at,
+    };
+    loop_below(Path::new("/sys/block"), &at)
+}
+
+/// The loop device whose file lies below `folder`.
+fn loop_below(sys_block: &Path, folder: &Path) -> Option<LoopDevice> {
+    let entries = std::fs::read_dir(sys_block).ok()?;
+    entries.flatten().find_map(|entry| {
+        let name = entry.file_name();
+        let number = name.to_str()?.strip_prefix("loop")?.parse().ok()?;
+        let file = std::fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
+        let ours = Path::new(file.trim_end()).starts_with(folder);
+        ours.then(|| LoopDevice::of_number(number))
+    })
 }
 
 /// Gives an attach up: the connection is ended for good, and everything made is taken away.
@@ -256,18 +268,26 @@ impl Attaching {
     }
 }
 
-/// Opens the volume's file, which waits for the server, and makes it a block device with a name.
+/// Opens the volume's file, which waits for the server, and makes it a block device: without a name yet.
 fn set_up(options: &VolumeOptions, shape: &Shape) -> Result<Attached, VolumeError> {
     let mount_point = options.mount_point();
     let path = mount_point.join(fuse::VOLUME_FILE);
     let found =
         mounts::at(&mount_point).map_err(|e| io("find", &mount_point, io::Error::other(e)))?;
-    let connection = found.map_or(0, |m| u64::from(m.device.minor));
+    let connection = found.as_ref().map_or(0, |m| u64::from(m.device.minor));
     let file = std::fs::OpenOptions::new()
         .read(true)
         .write(true)
         .open(&path)
         .map_err(|e| io("open", &path, e))?;
+    // A keeper may have made it and died before it could say so.
+    if let Some(device) = own_loop(options)
+        && let Ok(Some(bound)) = device.binding()
+        && found.is_some_and(|m| m.device == bound.file_system())
+        && bound.direct
+    {
+        return Ok(Attached { device, connection });
+    }
     let name = format!("blktide:{}", options.name);
     let how = LoopOptions {
         sector_bytes: shape.geometry.logical_sector_bytes(),
@@ -277,15 +297,15 @@ fn set_up(options: &VolumeOptions, shape: &Shape) -> Result<Attached, VolumeErro
     };
     let device = LoopDevice::create(&file, &how)
         .map_err(|e| io("make a loop device of", &path, io::Error::other(e)))?;
-    let named = link(options, device);
-    if named.is_err() {
-        drop(device.clear());
-    }
-    named.map(|()| Attached { device, connection })
+    Ok(Attached { device, connection })
 }
 
-fn link(options: &VolumeOptions, device: LoopDevice) -> Result<(), VolumeError> {
+/// Gives the device its name, from when on it is used.
+pub(super) fn link(options: &VolumeOptions, device: LoopDevice) -> Result<(), VolumeError> {
     let node = options.node();
+    if std::fs::read_link(&node).is_ok_and(|to| to == device.node()) {
+        return Ok(());
+    }
     let fail = |e| io("link", &node, e);
     fs::create_folders(&options.device_dir, 0o755).map_err(|e| fail(io::Error::other(e)))?;
     match std::fs::remove_file(&node) {
@@ -332,6 +352,28 @@ mod tests {
         std::os::unix::fs::symlink(options.socket(), options.socket()).unwrap();
         let other = connect();
         assert!(!nobody_listens(&other), "ELOOP: {other:?}");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn the_loop_device_of_the_volumes_file_is_found() {
+        let folder = scratch("loops");
+        let at = Path::new("/run/blktide/volumes/data.mnt");
+        let files = [
+            ("loop0", "/run/blktide/volumes/data.mnt2/volume\n"),
+            ("loop7", "/run/blktide/volumes/data.mnt/volume\n"),
+            ("sda", "/run/blktide/volumes/data.mnt/volume\n"),
+        ];
+        for (name, file) in files {
+            let below = folder.join(name).join("loop");
+            std::fs::create_dir_all(&below).unwrap();
+            let mut entry = std::fs::File::create(below.join("backing_file")).unwrap();
+            io::Write::write_all(&mut entry, file.as_bytes()).unwrap();
+        }
+        std::fs::create_dir_all(folder.join("loop1")).unwrap();
+        assert_eq!(loop_below(&folder, at), Some(LoopDevice::of_number(7)));
+        std::fs::remove_dir_all(folder.join("loop7")).unwrap();
+        assert_eq!(loop_below(&folder, at), None);
         std::fs::remove_dir_all(&folder).unwrap();
     }
 
