@@ -1,28 +1,29 @@
 //! `restore`: an image to a new file, or over what a file or device holds.
 //!
 //! **Invariant**: nothing is written before every refusal has been looked for and every question answered; and before a volume's
-//! backing device is written its bitmap file is gone, durably, whether the daemon runs or not (P15).
+//! backing device is written its bitmap file is gone, durably, whether the daemon runs or not (P15): `claim → forget → write`.
 
+mod bitmaps;
 mod facts;
 
 use anyhow::Result as Anyhow;
 use blktide_api::failure::{Exit, Failure, FailureCode};
-use blktide_api::name::ImageName;
+use blktide_api::name::{ImageName, Name};
 use blktide_api::unit::size;
 use blktide_format::manifest::ImageHead;
 use blktide_image::ImageReader;
 use blktide_job::error::JobError;
-use blktide_job::file_target::FileTarget;
+use blktide_job::file_target::{Claimed, FileTarget};
 use blktide_job::restore::{self, Background, ReadBack, RestoreReport, RestoreRequest};
 use blktide_job::target::{Contents, TargetFacts, TargetKind, check};
 use blktide_sys::clock::SystemClock;
 use blktide_types::clock::Clock;
 use blktide_types::range::BlockRange;
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::context::{Common, chain, environment};
+use crate::context::{Common, environment};
 use crate::interrupt::Interrupts;
 use crate::output;
 use crate::repositories::{RepositoryOption, find, image_name, job_failure};
@@ -74,12 +75,13 @@ pub(crate) fn run(args: &Args, common: &Common) -> Result<Exit, Failure> {
         contents,
     )
     .map_err(|refusal| job_failure(&JobError::Refused(refusal)))?;
+    bitmaps::configuration(common)?;
     if !confirmed(args, head, &facts, common)? {
         return Ok(Exit::Done);
     }
-    forget_bitmap(&args.target, common)?;
     let begun = SystemClock.now();
-    let target = Arc::new(open_target(args, head, &facts).map_err(|error| job_failure(&error))?);
+    let (target, forgotten) = open_target(args, head, &facts, common)?;
+    let target = Arc::new(target);
     let (volume, sequence) = (head.volume, head.sequence);
     let request = RestoreRequest {
         image: Box::new(move || ImageReader::open(&repository, volume, sequence)),
@@ -94,14 +96,17 @@ pub(crate) fn run(args: &Args, common: &Common) -> Result<Exit, Failure> {
     let outcome =
         restore::start(request, &environment).and_then(|running| interrupts.wait(running));
     let report = outcome.map_err(|error| {
-        if facts.kind == TargetKind::NewFile {
-            // Half an image is of use to nobody; should it stay, its head is zero and it mounts nowhere.
-            drop(std::fs::remove_file(&args.target));
-        }
+        remove_new(args, &facts);
         place.failure(&error)
     })?;
     let seconds = SystemClock.now().since(begun).as_secs_f64();
-    tell(args, &report, &facts, seconds, common);
+    tell(
+        args,
+        &report,
+        next_steps(&report, &facts, &forgotten),
+        seconds,
+        common,
+    );
     Ok(if report.damaged.is_empty() {
         Exit::Done
     } else {
@@ -164,47 +169,49 @@ fn confirmed(
     .hint("look at it with --dry-run; then --yes"))
 }
 
-/// If the target lies under a volume, that volume's bitmap must not be believed any more.
-fn forget_bitmap(target: &Path, common: &Common) -> Result<(), Failure> {
-    // On a rescue system there is no configuration, and no volume.
-    let Ok(config) = common.load() else {
-        return Ok(());
+/// Opens the target, ready to be written, and says which volumes' bitmaps went for it.
+fn open_target(
+    args: &Args,
+    head: &ImageHead,
+    facts: &TargetFacts,
+    common: &Common,
+) -> Result<(FileTarget, Vec<Name>), Failure> {
+    let path = &args.target;
+    let claimed = match facts.kind {
+        TargetKind::NewFile => Claimed::create(path),
+        TargetKind::File => Claimed::file(path),
+        TargetKind::Device => Claimed::device(path),
     };
-    let Ok(target) = std::fs::canonicalize(target) else {
-        return Ok(());
-    };
-    for volume in config.volumes.values() {
-        if std::fs::canonicalize(&volume.device).is_ok_and(|device| device == target) {
-            let file = config.volume_state_dir(&volume.name).join("bitmap");
-            blktide_sys::fs::remove_durably(&file).map_err(|error| {
-                Failure::new(FailureCode::Failed, chain(&error)).hint(format!(
-                    "nothing was restored: the bitmap of volume {} must go first, and does not",
-                    volume.name
-                ))
-            })?;
-        }
-    }
-    Ok(())
-}
-
-fn open_target(args: &Args, head: &ImageHead, facts: &TargetFacts) -> Result<FileTarget, JobError> {
-    let bytes = head.geometry.volume_bytes();
-    match facts.kind {
-        TargetKind::NewFile => FileTarget::create(&args.target, bytes),
-        TargetKind::File => {
+    let claimed = claimed.map_err(|error| job_failure(&error))?;
+    let fresh = facts.kind == TargetKind::NewFile;
+    // Read again, now that the target is ours: a volume may have come meanwhile.
+    let opened = bitmaps::configuration(common)
+        .and_then(|config| bitmaps::forget(path, fresh, head.volume, &config))
+        .and_then(|forgotten| {
+            for volume in &forgotten {
+                output::complain(&format!(
+                    "the target is volume {volume}, or may be under it: its bitmap file is gone"
+                ));
+            }
             let keep = if args.differing_only {
                 Background::Unknown
             } else {
                 Background::Zero
             };
-            FileTarget::overwrite(&args.target, bytes, keep)
-        }
-        TargetKind::Device => FileTarget::device(&args.target),
+            let ready = claimed.ready(head.geometry.volume_bytes(), keep);
+            Ok((ready.map_err(|error| job_failure(&error))?, forgotten))
+        });
+    opened.inspect_err(|_| remove_new(args, facts))
+}
+
+/// Half an image is of use to nobody; should it stay, its head is zero and it mounts nowhere.
+fn remove_new(args: &Args, facts: &TargetFacts) {
+    if facts.kind == TargetKind::NewFile {
+        drop(std::fs::remove_file(&args.target));
     }
 }
 
-fn tell(args: &Args, report: &RestoreReport, facts: &TargetFacts, seconds: f64, common: &Common) {
-    let next = next_steps(report, facts);
+fn tell(args: &Args, report: &RestoreReport, next: Vec<String>, seconds: f64, common: &Common) {
     if common.json {
         output::document(&json!({
             "message_type": "restore",
@@ -251,8 +258,9 @@ fn tell(args: &Args, report: &RestoreReport, facts: &TargetFacts, seconds: f64, 
     }
 }
 
-fn next_steps(report: &RestoreReport, facts: &TargetFacts) -> Vec<String> {
-    let mut steps = Vec::new();
+fn next_steps(report: &RestoreReport, facts: &TargetFacts, forgotten: &[Name]) -> Vec<String> {
+    let full = |volume: &Name| format!("the next backup of volume {volume} reads everything");
+    let mut steps: Vec<String> = forgotten.iter().map(full).collect();
     if facts.kind == TargetKind::Device && facts.bytes > report.head.geometry.volume_bytes() {
         steps.push("the device is larger than the volume was: resize2fs or xfs_growfs".to_owned());
     }

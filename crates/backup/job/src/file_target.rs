@@ -3,8 +3,11 @@
 //! Written past the page cache where that is possible (three times as fast, and no cache is taken from the server); what is not
 //! aligned for that (a file's short last block) goes through the cache.
 //!
+//! ```text
+//!   Claimed (open, claimed, nothing changed) ──ready──▶ FileTarget (sized; written to)
+//! ```
 //! **Invariant**: a device is claimed exclusively by the kernel, a file by flock(2), for as long as the target is open: no tracker and
-//! no other restore has it.
+//! no other restore has it. What must be done before the first change is done between claim and `ready`.
 
 use crate::error::JobError;
 use crate::restore::{Background, ReadBack};
@@ -22,6 +25,20 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+
+/// A target that is open and claimed, and holds what it held.
+#[derive(Debug)]
+pub struct Claimed {
+    path: PathBuf,
+    opened: Opened,
+}
+
+#[derive(Debug)]
+enum Opened {
+    NewFile(File),
+    File(File),
+    Device(Fenced),
+}
 
 /// A file or device that an image is restored to.
 #[derive(Debug)]
@@ -43,51 +60,33 @@ enum Handle {
     Device(Fenced),
 }
 
-impl FileTarget {
-    /// A new, sparse file of `volume_bytes`; `background` is [`Background::Zero`].
+impl Claimed {
+    /// A new file, empty so far.
     ///
-    /// Errors: `Target`, also if something of that name exists; then nothing has changed.
-    pub fn create(path: &Path, volume_bytes: u64) -> Result<Self, JobError> {
+    /// Errors: `Target`, also if something of that name exists; then nothing has changed. `Refused` if somebody was faster to lock it.
+    pub fn create(path: &Path) -> Result<Self, JobError> {
         let plain = OpenOptions::new()
             .read(true)
             .write(true)
             .create_new(true)
             .open(path)
             .map_err(|source| target_error("created", source))?;
-        let folder = path
-            .parent()
-            .map(|parent| {
-                if parent.as_os_str().is_empty() {
-                    Path::new(".")
-                } else {
-                    parent
-                }
-            })
-            .map(Path::to_owned);
-        Self::of_file(path, plain, volume_bytes, Background::Zero, folder)
+        lock(&plain)?;
+        Ok(Self::of(path, Opened::NewFile(plain)))
     }
 
-    /// A file that exists, made `volume_bytes` long. `keep`: its content is compared with, else it is emptied first, and sparse.
-    ///
-    /// Errors: `Refused` if somebody has locked it, then nothing has changed; `Target`.
-    pub fn overwrite(path: &Path, volume_bytes: u64, keep: Background) -> Result<Self, JobError> {
+    /// A file that exists. Errors: `Refused` if somebody has locked it; `Target`. Nothing has changed.
+    pub fn file(path: &Path) -> Result<Self, JobError> {
         let plain = OpenOptions::new()
             .read(true)
             .write(true)
             .open(path)
             .map_err(|source| target_error("opened", source))?;
         lock(&plain)?;
-        if keep == Background::Zero {
-            plain
-                .set_len(0)
-                .map_err(|source| target_error("emptied", source))?;
-        }
-        Self::of_file(path, plain, volume_bytes, keep, None)
+        Ok(Self::of(path, Opened::File(plain)))
     }
 
-    /// A block device; `background` is [`Background::Unknown`].
-    ///
-    /// Errors: `Refused` if it is mounted or claimed by anything else; `Target`. Nothing has changed.
+    /// A block device. Errors: `Refused` if it is mounted or claimed by anything else; `Target`. Nothing has changed.
     pub fn device(path: &Path) -> Result<Self, JobError> {
         let fenced = Fenced::try_take(path)
             .map_err(|error| target_error("opened", sys_error(error)))?
@@ -96,12 +95,61 @@ impl FileTarget {
                     by: "the kernel or another process".to_owned(),
                 })
             })?;
-        Ok(Self {
-            handle: Handle::Device(fenced),
-            zeroing: Zeroing::Zero,
-            background: Background::Unknown,
-            folder: None,
-        })
+        Ok(Self::of(path, Opened::Device(fenced)))
+    }
+
+    /// Makes a file `volume_bytes` long. `keep`: a file that existed is compared with, else it is emptied first, and sparse.
+    ///
+    /// Errors: `Target`; a file may be empty then.
+    pub fn ready(self, volume_bytes: u64, keep: Background) -> Result<FileTarget, JobError> {
+        let path = &self.path;
+        match self.opened {
+            Opened::NewFile(plain) => {
+                let folder = path.parent().map(|parent| {
+                    if parent.as_os_str().is_empty() {
+                        Path::new(".").to_owned()
+                    } else {
+                        parent.to_owned()
+                    }
+                });
+                FileTarget::of_file(path, plain, volume_bytes, Background::Zero, folder)
+            }
+            Opened::File(plain) => {
+                if keep == Background::Zero {
+                    plain
+                        .set_len(0)
+                        .map_err(|source| target_error("emptied", source))?;
+                }
+                FileTarget::of_file(path, plain, volume_bytes, keep, None)
+            }
+            Opened::Device(fenced) => Ok(FileTarget {
+                handle: Handle::Device(fenced),
+                zeroing: Zeroing::Zero,
+                background: Background::Unknown,
+                folder: None,
+            }),
+        }
+    }
+
+    fn of(path: &Path, opened: Opened) -> Self {
+        Self {
+            path: path.to_owned(),
+            opened,
+        }
+    }
+}
+
+impl FileTarget {
+    /// A new, sparse file of `volume_bytes`; `background` is [`Background::Zero`].
+    ///
+    /// Errors: those of [`Claimed::create`] and [`Claimed::ready`].
+    pub fn create(path: &Path, volume_bytes: u64) -> Result<Self, JobError> {
+        Claimed::create(path)?.ready(volume_bytes, Background::Zero)
+    }
+
+    /// A file that exists. Errors: those of [`Claimed::file`] and [`Claimed::ready`].
+    pub fn overwrite(path: &Path, volume_bytes: u64, keep: Background) -> Result<Self, JobError> {
+        Claimed::file(path)?.ready(volume_bytes, keep)
     }
 
     /// What it holds, for [`crate::restore::RestoreRequest`].
@@ -116,7 +164,6 @@ impl FileTarget {
         background: Background,
         folder: Option<PathBuf>,
     ) -> Result<Self, JobError> {
-        lock(&plain)?;
         plain
             .set_len(volume_bytes)
             .map_err(|source| target_error("sized", source))?;

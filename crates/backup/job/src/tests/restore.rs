@@ -4,7 +4,7 @@ use super::volume::SimVolume;
 use super::world::{
     MemoryTarget, Place, back_up, environment, restore_over, restore_request, scratch, verify,
 };
-use crate::file_target::FileTarget;
+use crate::file_target::{Claimed, FileTarget};
 use crate::restore::{self, Background, HEAD_BYTES};
 use blktide_image::Depth;
 use blktide_testkit::pattern::noise;
@@ -190,6 +190,27 @@ fn files_are_sparse_and_equal() {
         std::fs::remove_file(&new).unwrap();
         std::fs::remove_file(&truth).unwrap();
     }
+}
+
+/// trap TC8: a claim keeps others out and changes nothing; a device's tracker can be told before anything is written.
+#[test]
+fn a_claim_changes_nothing() {
+    let path = scratch("claim");
+    drop(Claimed::create(&path).unwrap());
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+    Claimed::create(&path).unwrap_err();
+    let mut file = std::fs::File::options().write(true).open(&path).unwrap();
+    std::io::Write::write_all(&mut file, b"what it held").unwrap();
+    let claimed = Claimed::file(&path).unwrap();
+    assert_eq!(Claimed::file(&path).unwrap_err().code(), "target_in_use");
+    assert!(matches!(
+        file.try_lock(),
+        Err(std::fs::TryLockError::WouldBlock)
+    ));
+    assert_eq!(std::fs::read(&path).unwrap(), b"what it held");
+    drop(claimed.ready(4096, Background::Zero).unwrap());
+    assert_eq!(std::fs::read(&path).unwrap(), [0; 4096]);
+    std::fs::remove_file(&path).unwrap();
 }
 
 /// trap TG8: damage costs the blocks it lies in, these are named, all else is restored; verify finds the same.
