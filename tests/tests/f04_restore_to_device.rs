@@ -130,3 +130,27 @@ fn under_a_detached_volume() -> Result<()> {
     );
     instance.image_equals("data@latest", &backing, &[])
 }
+
+/// req A6: a loop device on the backing file is that file; a typing error in another volume's file does not hide it; and the
+/// output says what it costs.
+/// trap TC8: what lies under a baseline was replaced, by another name.
+#[test]
+fn under_a_detached_volume_by_another_name() -> Result<()> {
+    let (instance, backing) = volume("f04other")?;
+    instance.detach("data")?;
+    let device = LoopDevice::new(&backing, 512)?;
+    let target = device.path().display().to_string();
+    let words = ["restore", "data@1", &target, "--overwrite", "--yes"];
+    let repository = instance.repository("main").display().to_string();
+    let by_path = [&words[..], &["-r", &repository]].concat();
+    let bitmap = instance.state_of("data").join("bitmap");
+    ensure!(bitmap.exists(), "a clean detach stores the bitmap");
+    let wrong = instance.join("volumes.d/other.toml");
+    make_file(&wrong, 3)?;
+    instance.ctl(&by_path)?.exits(13)?;
+    ensure!(bitmap.exists(), "a refused restore changes nothing");
+    std::fs::remove_file(&wrong)?;
+    instance.ctl_ok(&words)?;
+    ensure!(!bitmap.exists(), "the bitmap file is still there");
+    Ok(())
+}
