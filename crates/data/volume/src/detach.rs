@@ -16,6 +16,7 @@ use crate::start::word;
 use blktide_format::shared::control;
 use blktide_sys::clock::SystemClock;
 use blktide_sys::loopdev::LoopDevice;
+use blktide_sys::mounts::DeviceNumber;
 use blktide_sys::{Errno, event, fs, fuse, mounts};
 use blktide_types::clock::Clock;
 use blktide_types::io::RevokeCause;
@@ -34,9 +35,14 @@ impl Server {
             self.refuse(id, Refusal::Busy, why);
             return Flow::GoOn;
         }
-        if let Some(device) = self.loop_device().filter(LoopDevice::is_bound)
-            && let Some(who) = who_uses(device)
-        {
+        let own = match self.own_loop() {
+            Ok(own) => own,
+            Err(why) => {
+                self.refuse(id, Refusal::Failed, &why);
+                return Flow::GoOn;
+            }
+        };
+        if let Some(who) = own.and_then(who_uses) {
             let why = format!("{} is in use: {who}", self.start.options.node().display());
             self.refuse(id, Refusal::InUse, &why);
             return Flow::GoOn;
@@ -60,17 +66,28 @@ impl Server {
         Flow::Ended
     }
 
+    /// Our loop device, if it still is that: unbound by others, its number may be anybody's by now.
+    fn own_loop(&self) -> Result<Option<LoopDevice>, String> {
+        let Some(device) = self.loop_device() else {
+            return Ok(None);
+        };
+        let bound = device.binding().map_err(|e| chain(&e))?;
+        let frontend = self.engine.word(control::FRONTEND);
+        let ours = bound.is_some_and(|b| is_ours(b.file_system(), frontend));
+        Ok(ours.then_some(device))
+    }
+
     /// Clears the loop device and unmounts; words of what is in the way otherwise. The connection that was mounted, if it was.
     fn take_out(&self) -> Result<Option<fuse::Connection>, String> {
-        if let Some(device) = self.loop_device() {
+        if let Some(device) = self.own_loop()? {
             device.clear().map_err(|e| chain(&e))?;
             let deadline = SystemClock.now().after(LET_GO);
             let unbound = device.wait_unbound(&SystemClock, deadline);
             if !unbound.map_err(|e| chain(&e))? {
                 return Err("the kernel still holds the loop device".to_owned());
             }
-            self.engine.set_word(control::LOOP_NUMBER, 0);
         }
+        self.engine.set_word(control::LOOP_NUMBER, 0);
         self.engine.set_word(control::CLOSING, word::CLEARED);
         let at = self.start.options.mount_point();
         let connection = fuse::Connection::of_mount(&at).ok();
@@ -150,6 +167,12 @@ impl Server {
     }
 }
 
+/// Whether a file of this file system is the one that our frontend serves; as long as its number is not known it is.
+fn is_ours(file_system: DeviceNumber, frontend: u64) -> bool {
+    let ours = file_system.major == 0 && u64::from(file_system.minor) == frontend;
+    frontend == 0 || ours
+}
+
 /// Who has the node open, mounted or claimed.
 fn who_uses(device: LoopDevice) -> Option<String> {
     let deadline = SystemClock.now().after(Duration::from_millis(500));
@@ -185,5 +208,20 @@ fn users_of(device: LoopDevice) -> Option<String> {
     match blktide_sys::blockdev::is_unclaimed(&device.node()) {
         Ok(false) => Some("something in the kernel has claimed it".to_owned()),
         Ok(true) | Err(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A loop device that was unbound and bound to another's file is not ours to clear.
+    #[test]
+    fn a_loop_device_over_another_file_system_is_not_ours() {
+        let number = |major, minor| DeviceNumber { major, minor };
+        assert!(is_ours(number(0, 52), 52));
+        assert!(!is_ours(number(0, 53), 52), "another FUSE file system");
+        assert!(!is_ours(number(8, 52), 52), "a disk");
+        assert!(is_ours(number(8, 1), 0), "not known");
     }
 }
