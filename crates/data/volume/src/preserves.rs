@@ -251,3 +251,6 @@ fn save_outcome(error: &DeviceError) -> Outcome {
         Outcome::SaveAreaFailed
     }
 }
+
+#[cfg(test)]
+mod tests;
