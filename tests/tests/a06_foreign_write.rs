@@ -192,6 +192,29 @@ fn weak_evidence_is_not_believed() -> Result<()> {
     expect(&instance, &backing, "raw, exclusive", &[])
 }
 
+/// req A6: written past the volume after its last backup, then detached: the evidence of the stop has that write in it.
+#[test]
+fn a_write_past_the_volume_before_a_detach_is_seen() -> Result<()> {
+    let instance = Instance::started("a06past")?;
+    let file = instance.join("file");
+    make_file(&file, 64 * MIB)?;
+    let device = LoopDevice::new(&file, 512)?;
+    let backing = device.path();
+    FileSystem::Ext4.make(backing)?;
+    instance.repo_init("main")?;
+    let node = instance.volume_add("data", backing, &[])?;
+    instance.backup_is("data", "full", Some("first-backup"))?;
+    write_block(&node, 5 * MIB, &[1; 4096])?;
+    away(&instance, || Ok(()))?;
+    expect(&instance, backing, "ours", &[])?;
+    write_block(backing, 6 * MIB, &[2; 4096])?;
+    away(&instance, || Ok(()))?;
+    expect(&instance, backing, "past the volume", &["foreign-write"])?;
+    away(&instance, || Ok(()))?;
+    expect(&instance, backing, "afterwards", &[])?;
+    instance.detach("data")
+}
+
 /// req A6, X3: keeper and server both dead, the raw device written: what P4 says.
 /// trap TC11: an untracked period invalidates.
 /// trap TC12: interrupted tracking never yields an incremental.
