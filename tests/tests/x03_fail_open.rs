@@ -1,11 +1,13 @@
 //! Servers that keep dying: everything passes through, no write fails, and no bitmap is believed after it.
-//! needs: root, loop, fuse
+//! needs: root, loop, fuse, ext4
 //! limit: 120 s
 #![forbid(unsafe_code)]
 #![cfg(test)]
 
 use anyhow::{Context, Result, ensure};
-use blktide_tests::{Instance, Recorder, fill_file, kill, wait_until, write_block};
+use blktide_tests::{
+    FileSystem, Instance, Recorder, Tool, fill_file, kill, make_file, wait_until, write_block,
+};
 use blktide_volume::VolumeClient;
 use blktide_volume::message::{VolumeState, VolumeStatus};
 use std::time::Duration;
@@ -114,4 +116,31 @@ fn the_path_of_the_device_is_not_asked_again() -> Result<()> {
 )]
 fn rename(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
     Ok(std::fs::rename(from, to)?)
+}
+
+/// req X3: a copy of the mount in another mount namespace keeps neither the volume nor its server, and the bitmap is stored.
+#[test]
+fn a_foreign_mount_does_not_hold_a_detach() -> Result<()> {
+    let instance = Instance::started("x03mount")?;
+    let backing = instance.join("backing");
+    make_file(&backing, 64 * MIB)?;
+    FileSystem::Ext4.make(&backing)?;
+    instance.repo_init("main")?;
+    let node = instance.volume_add("data", &backing, &[])?;
+    instance.backup_is("data", "full", Some("first-backup"))?;
+    write_block(&node, 5 * MIB, &[1; 4096])?;
+    let foreign = Tool::new("unshare")
+        .args(["--mount", "--propagation", "private", "sleep", "100"])
+        .start()?;
+    wait_until("its mounts are its own", Duration::from_secs(5), || {
+        let of = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/mnt"));
+        Ok(of(foreign.pid())? != of(std::process::id())?)
+    })?;
+    instance.detach("data")?;
+    ensure!(foreign.runs(), "it was to hold the mount all the time");
+    drop(foreign);
+    instance.attach("data")?;
+    instance.backup_is("data", "incremental", None)?;
+    instance.image_equals("data@latest", &backing, &[])?;
+    instance.detach("data")
 }
