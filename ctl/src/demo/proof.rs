@@ -2,11 +2,13 @@
 //!
 //! The truth of an instant is kept in two parts. Before the backup the file system is synced and then left alone,
 //! but for the recorder's direct writes into blocks that it has already; a plain copy of the backing file is taken.
-//! So at the instant each unit of the volume is as in that copy, or holds a write of the record. Should the kernel
-//! have written something of its own meanwhile, that unit is one of its two states, before or after, and it is counted.
+//! So at the instant each unit of the volume is as in that copy, or holds a write of the record. What the kernel has written
+//! of its own meanwhile (the backup syncs the file system just before its instant: a commit, an inode's times) is looked
+//! for right after the backup: such a unit is one of its two states, before or after, and it is counted.
 
 use anyhow::{Context, Result, ensure};
 use blktide_sys::fs::{open_direct_read, read_aligned, size_of, write_full};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -19,12 +21,14 @@ const PIECE: usize = 1 << 20;
 /// More units than this cannot be the kernel's own.
 const OWN_WRITES_MAX: u64 = 64;
 
-/// What was true before a backup.
+/// What was true before a backup, and what was different right after it.
 #[derive(Debug)]
 pub(super) struct Truth {
     copy: PathBuf,
     backing: PathBuf,
     tree: Tree,
+    /// By their first byte.
+    after: BTreeMap<u64, Vec<u8>>,
 }
 
 /// What the proof found.
@@ -58,7 +62,27 @@ impl Truth {
             copy: copy.to_owned(),
             backing: backing.to_owned(),
             tree: tree.clone(),
+            after: BTreeMap::new(),
         })
+    }
+
+    /// Looks right after the backup which units are not as in the copy any more.
+    pub(super) fn look_again(&mut self) -> Result<()> {
+        let (then, now) = (File::open(&self.copy)?, open_direct_read(&self.backing)?);
+        let bytes = then.metadata()?.len();
+        let mut old = vec![0; PIECE];
+        for at in (0..bytes).step_by(PIECE) {
+            let length = usize::try_from((bytes - at).min(PIECE as u64))?;
+            let old = old.get_mut(..length).context("a piece")?;
+            then.read_exact_at(old, at)?;
+            let new = read_aligned(&now, at, length)?;
+            let units = old.chunks(UNIT).zip(new.chunks(UNIT));
+            let units = units.zip((at..).step_by(UNIT));
+            let differ = units.filter(|((was, is), _)| was != is);
+            self.after
+                .extend(differ.map(|((_, is), unit)| (unit, is.to_vec())));
+        }
+        Ok(())
     }
 
     /// Bytes of the copy that are not holes.
@@ -100,7 +124,6 @@ impl Truth {
             length == bytes,
             "the image has {length} bytes, the volume {bytes}"
         );
-        let now = open_direct_read(&self.backing)?;
         let mut proven = Proven::default();
         let mut pieces = [vec![0; PIECE], vec![0; PIECE]];
         for at in (0..bytes).step_by(PIECE) {
@@ -124,9 +147,8 @@ impl Truth {
                 if record.number_in(is).is_some() {
                     proven.recorded += 1;
                 } else {
-                    let after = read_aligned(&now, unit, UNIT)?;
                     ensure!(
-                        after.get(..is.len()) == Some(is),
+                        self.after.get(&unit).is_some_and(|after| after == is),
                         "byte {unit} of the image is neither what was there nor what was written"
                     );
                     proven.own += 1;

@@ -227,7 +227,7 @@ impl Story {
     ) -> Result<Step> {
         let [volume, kind] = what;
         sync(mounted)?;
-        let truth = Truth::keep(
+        let mut truth = Truth::keep(
             &self.path("volume"),
             &self.path(&format!("truth-{kind}")),
             tree,
@@ -239,6 +239,7 @@ impl Story {
         let before = recorder.count();
         let summary = self.ctl.run(&["backup", volume])?;
         let writes = (before, recorder.count());
+        truth.look_again()?;
         ensure!(text(&summary, "kind")? == *kind, "not {kind}: {summary}");
         let read = number(&summary, "read_bytes")?;
         let tenths = summary
