@@ -10,6 +10,10 @@ use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
 
+fn micros(seconds: f64) -> u64 {
+    u64::try_from(Duration::from_secs_f64(seconds).as_micros()).unwrap_or(u64::MAX)
+}
+
 /// req D4: cancel at 100 random moments, under a writer.
 /// trap TG1: given up at any point, both intervals are in the next.
 /// trap TG2: nothing has to be cleaned by hand.
@@ -22,7 +26,10 @@ fn cancelled_at_random_moments() -> Result<()> {
     std::fs::copy(&backing, &before)?;
     instance.repo_init("main")?;
     let node = instance.volume_add("data", &backing, &[])?;
+    let watch = Stopwatch::start();
     instance.backup_is("data", "full", Some("first-backup"))?;
+    // A moment is drawn from the time that a backup takes on this machine.
+    let full_us = micros(watch.seconds());
     let units = 96 * MIB / 4096;
     let writer = Recorder::start(&node, 0..units, 0xd04, Duration::from_millis(2))?;
     let mut seed = Seed::of("d04", 0xd04)?;
@@ -34,11 +41,8 @@ fn cancelled_at_random_moments() -> Result<()> {
             &["backup", "data", "--json"]
         };
         let running = instance.ctl_start(words)?;
-        pass(Duration::from_micros(seed.below(if round % 3 == 0 {
-            500_000
-        } else {
-            120_000
-        })));
+        let span_us = if round % 3 == 0 { full_us } else { full_us / 3 };
+        pass(Duration::from_micros(seed.below(span_us)));
         let watch = Stopwatch::start();
         let cancel = instance.ctl(&["cancel", "data"])?;
         slowest = slowest.max(watch.seconds());

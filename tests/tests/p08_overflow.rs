@@ -124,7 +124,7 @@ fn under_load(set: &Set, asked: &SnapshotRequest) -> Result<(RevokeCause, Durati
     Ok((cause, longest, status))
 }
 
-/// req D2, P8: policy give-up, in a file and in memory: the backup ends, no write waits.
+/// req D2: P8, policy give-up, in a file and in memory: the backup ends, no write waits.
 /// trap TE5: the save area runs full.
 #[test]
 fn give_up() -> Result<()> {
@@ -144,7 +144,7 @@ fn give_up() -> Result<()> {
     set.instance.detach("data")
 }
 
-/// req D2, P8: policy wait: writers wait, none longer than `wait_limit`; then the backup ends.
+/// req D2: P8, policy wait: writers wait, none longer than `wait_limit`; then the backup ends.
 #[test]
 fn wait() -> Result<()> {
     let set = set()?;

@@ -19,7 +19,7 @@ fn status(instance: &Instance) -> Result<VolumeStatus> {
     Ok(VolumeClient::connect(&instance.join("run"), "data", limit)?.status()?)
 }
 
-/// req X3, P6: fail-open. Distrust is stored before the first write that passes unseen.
+/// req X3: P6, fail-open. Distrust is stored before the first write that passes unseen.
 /// trap TC12: a stretch without tracking never yields an incremental.
 #[test]
 fn servers_that_keep_dying() -> Result<()> {

@@ -374,7 +374,7 @@ mod tests {
         launch(&launch_it).unwrap().process.wait().unwrap()
     }
 
-    /// req P7: a program runs from memory, with its argv[0] and environment.
+    /// P7: a program runs from memory, with its argv[0] and environment.
     #[test]
     fn from_memory_with_its_name() {
         let program = Program::copy_of(Path::new("/bin/sh")).unwrap();

@@ -1,3 +1,5 @@
+//! Which bitmaps a restore makes worthless, by name, inode, number and layer.
+
 use super::*;
 use std::io::Write as _;
 

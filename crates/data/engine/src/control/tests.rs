@@ -319,7 +319,7 @@ fn a_revoked_snapshot_cannot_be_opened() {
     assert!(matches!(refused, EngineError::Revoked { cause: c } if c == cause));
 }
 
-/// req P7: a successor that waits for the fence has no tick, whatever its predecessor had: it is not taken for hung.
+/// P7: a successor that waits for the fence has no tick, whatever its predecessor had: it is not taken for hung.
 #[test]
 fn a_successor_begins_without_a_tick() {
     let volume = Volume::new(8, &[]);

@@ -228,7 +228,7 @@ fn reads_give_data() {
     assert_eq!(w.answer(), (2, Errno::IO.0, vec![]));
 }
 
-/// req P9: a discard and a write-zeroes are both zeroes; nothing of the data path is ever answered with `ENOSYS`.
+/// P9: a discard and a write-zeroes are both zeroes; nothing of the data path is ever answered with `ENOSYS`.
 #[test]
 fn zeroes_and_what_is_refused() {
     let mut w = world();

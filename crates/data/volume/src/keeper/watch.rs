@@ -233,7 +233,7 @@ mod tests {
         }
     }
 
-    /// req P7: a build that does not know the layout is replaced by the one before, at once.
+    /// P7: a build that does not know the layout is replaced by the one before, at once.
     #[test]
     fn the_build_before_goes_on_if_this_one_cannot() {
         let adopted = || Older::new(Program::copy_of(Path::new("/bin/sh")).unwrap());
@@ -276,7 +276,7 @@ mod tests {
         (Mapping::new(&memory).unwrap(), shape)
     }
 
-    /// req P7: a slow disk is not a hung server.
+    /// P7: a slow disk is not a hung server.
     #[test]
     fn only_what_stands_still_with_nothing_outstanding_hangs() {
         let (memory, shape) = memory();

@@ -48,7 +48,7 @@ fn snapshot(block: BlockSize) -> Arc<Snapshot> {
     Arc::clone(side.snapshot().unwrap())
 }
 
-/// req P8: a request that waits for a copy hears of it, also if the copy waited for a buffer and then could not start.
+/// P8: a request that waits for a copy hears of it, also if the copy waited for a buffer and then could not start.
 #[test]
 fn a_queued_copy_that_cannot_start_is_told_of() {
     let path = PathBuf::from("/var/tmp").join(format!("blktide-volume-{}", std::process::id()));
