@@ -96,7 +96,7 @@ pub(crate) enum Break {
     /// A distrusted tracker keeps its names.
     DistrustKeepsNames,
     /// A believed bitmap file is neither consumed nor contradicted by the marker.
-    #[cfg(test)]
+    #[cfg(all(test, not(loom)))]
     FileKept,
     /// Tracking off, and nothing says so.
     SilentPassThrough,
