@@ -39,10 +39,23 @@ pub(crate) struct Common {
 impl Common {
     /// The configuration; the error names file and line.
     pub(crate) fn load(&self) -> Result<Config, Failure> {
-        let overrides = Overrides::new(self.config.clone(), |name| {
-            std::env::var_os(name).map(PathBuf::from)
-        });
+        Config::load(&self.overrides(), &Disk).map_err(|error| config_failure(&error))
+    }
+
+    /// As [`Self::load`]; where the file that was named is not there, what this machine has in the usual place, if anything.
+    pub(crate) fn load_whatever_is_there(&self) -> Result<Config, Failure> {
+        let mut overrides = self.overrides();
+        let missing = |file: &PathBuf| {
+            matches!(std::fs::symlink_metadata(file), Err(e) if e.kind() == io::ErrorKind::NotFound)
+        };
+        overrides.file = overrides.file.filter(|file| !missing(file));
         Config::load(&overrides, &Disk).map_err(|error| config_failure(&error))
+    }
+
+    fn overrides(&self) -> Overrides {
+        Overrides::new(self.config.clone(), |name| {
+            std::env::var_os(name).map(PathBuf::from)
+        })
     }
 }
 

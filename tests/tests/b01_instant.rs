@@ -111,6 +111,7 @@ fn every_increment_is_a_prefix_of_the_record() -> Result<()> {
     image.set_len(VOLUME)?;
     let writer = Recorder::start(&node, 0..UNITS, 0xb01, Duration::from_micros(200))?;
     let mut last = take(&instance, None, &image)?;
+    client(&instance)?.trust(last.opened)?;
     let (mut at, mut cow, mut peak, mut longest, mut held) = (Vec::new(), 0, 0, 0, 0);
     for round in 0..count(200, 2000) {
         let from = writer.written();

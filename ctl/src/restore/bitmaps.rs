@@ -20,7 +20,7 @@ use crate::context::{Common, chain};
 /// The configuration; without any, one without volumes (a rescue system). One that is there and cannot be read: refused, since it
 /// would say whose device the target is.
 pub(super) fn configuration(common: &Common) -> Result<Config, Failure> {
-    common.load().map_err(|failure| {
+    common.load_whatever_is_there().map_err(|failure| {
         Failure::new(
             FailureCode::TargetRefused,
             format!(
