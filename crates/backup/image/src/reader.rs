@@ -94,6 +94,9 @@ impl ImageReader {
             Ok(_) => return Err(gone("the manifest that was listed".to_owned())),
             Err(e) => return Err(base_error(e, image)),
         };
+        repository
+            .vouch_for_end(volume, sequence)
+            .map_err(|e| base_error(e.into(), image))?;
         if repository.is_forgotten(volume, sequence)? {
             return Err(gone("the image, marked to be forgotten,".to_owned()));
         }

@@ -252,7 +252,12 @@ pub(crate) fn make(store: &dyn Store, name: &str, bytes: &[u8]) -> Result<Made, 
     match store.get(name, 0, &mut there) {
         Ok(len) => {
             if there.get(..len) != Some(bytes) {
-                return Ok(Made::Theirs);
+                // Theirs is durable only if a create has said so: what failed may have been just that.
+                return match first.map(|first| (store.create(name, bytes), first)) {
+                    None | Some((Ok(Created::Existed), _)) => Ok(Made::Theirs),
+                    Some((Ok(Created::New), _)) => Ok(Made::Mine),
+                    Some((Err(_), first)) => Err(RepoError::at("create", name)(first)),
+                };
             }
         }
         Err(e) => return Err(RepoError::at("create", name)(first.unwrap_or(e))),

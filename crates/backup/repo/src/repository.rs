@@ -294,9 +294,41 @@ impl Repository {
         if !claim::give_up(self, &facts, SessionId::NONE, now)? {
             return Err(RepoError::ClaimInUse);
         }
+        if self.has_image_above(volume, sequence)? {
+            // An image that was built on this one, while its end could still be seen, may need its packs: they are for prune.
+            return Ok(());
+        }
         let packs = self.packs_of(volume, facts.session)?;
         claim::delete(self, &facts, &packs);
         Ok(())
+    }
+
+    /// Whether a number above `sequence` is an image, or cannot be told not to be one.
+    fn has_image_above(&self, volume: VolumeId, sequence: u64) -> Result<bool, RepoError> {
+        let mut above = self
+            .sequences(volume)?
+            .into_iter()
+            .filter(|s| *s > sequence);
+        Ok(above.any(|s| match self.end_facts(volume, s) {
+            Ok(Some(end)) => end.outcome != Outcome::Abandoned,
+            Ok(None) => false,
+            Err(_) => true,
+        }))
+    }
+
+    /// Makes sure that the end of an image is durable, not only visible: whoever made it may have died before its folder
+    /// was synced. Before anything is built on it. Waits: for a flush.
+    ///
+    /// Errors: `NoImage` if it is gone; the store's: then it may not be built on.
+    pub fn vouch_for_end(&self, volume: VolumeId, sequence: u64) -> Result<(), RepoError> {
+        let end = name::of_claim(volume, sequence, "end");
+        let Some(bytes) = read_small(&*self.store, &end)? else {
+            return Err(RepoError::NoImage);
+        };
+        match claim::make(&*self.store, &end, &bytes)? {
+            claim::Made::Mine => Ok(()),
+            claim::Made::Theirs => Err(RepoError::NoImage),
+        }
     }
 
     /// Packs that bear a session's id. From listings: some may be missing.
