@@ -113,9 +113,10 @@ fn run(
     );
     let repository = open()?;
     control.check()?;
-    check_room(request.min_free.take())?;
     // A claim that cannot be given up now costs room, not correctness; what is wrong with the repository shows below.
+    // First of all: what a dead backup left may be just the room that is missing.
     drop(environment.give_up_dead(&repository, request.volume));
+    check_room(request.min_free.take())?;
     let mut attempt = Attempt {
         request: &request,
         environment,
