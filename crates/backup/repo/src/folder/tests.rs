@@ -161,6 +161,35 @@ fn packs_filled_by_several_threads() {
     assert_eq!(entries, 200);
 }
 
+/// An entry of three bytes.
+fn entry() -> NewEntry<'static> {
+    NewEntry {
+        kind: EntryKind::Page { level: 0 },
+        first_block: 0,
+        block_shift: 12,
+        codec: Codec::Raw,
+        raw_bytes: 3,
+        payload: b"abc",
+    }
+}
+
+/// trap TG2: what a dead session wrote goes by itself, where nothing can have been built on it.
+#[test]
+fn packs_of_a_dead_session_go() {
+    let folder = Folder::new("dead");
+    let random = TestRandom::new(Seed(4));
+    let repository = Repository::init(folder.store(), &random, WallTime(1)).unwrap();
+    let dead = repository.claim(&request(1), &random).unwrap();
+    dead.append(&entry()).unwrap();
+    let pack = crate::name::pack(VOLUME, dead.seal().unwrap()[0].pack);
+    assert!(repository.size(&pack).unwrap().is_some());
+    let given_up = repository
+        .abandon_dead(VOLUME, HostId([1; 16]), WallTime(6), &|_| false)
+        .unwrap();
+    assert_eq!(given_up, [1]);
+    assert_eq!(repository.size(&pack).unwrap(), None);
+}
+
 /// P13: numbers are dense, a dead session's packs go with it, an image never does.
 #[test]
 fn claims_are_given_up_by_their_own_machine_only() {
@@ -171,14 +200,7 @@ fn claims_are_given_up_by_their_own_machine_only() {
         Repository::init(folder.store(), &random, WallTime(1)),
         Err(RepoError::Exists)
     ));
-    let entry = NewEntry {
-        kind: EntryKind::Page { level: 0 },
-        first_block: 0,
-        block_shift: 12,
-        codec: Codec::Raw,
-        raw_bytes: 3,
-        payload: b"abc",
-    };
+    let entry = entry();
     let dead = repository.claim(&request(1), &random).unwrap();
     dead.append(&entry).unwrap();
     let pack = dead.seal().unwrap()[0].pack;
@@ -230,12 +252,4 @@ fn claims_are_given_up_by_their_own_machine_only() {
     ));
     repository.abandon(VOLUME, 2, WallTime(7)).unwrap();
     assert!(other.abandon(WallTime(8)).unwrap());
-    let dead = repository.claim(&request(1), &random).unwrap();
-    dead.append(&entry).unwrap();
-    let pack = dead.seal().unwrap()[0].pack;
-    let given_up = repository
-        .abandon_dead(VOLUME, HostId([1; 16]), WallTime(6), &|_| false)
-        .unwrap();
-    assert_eq!(given_up, [4]);
-    assert_eq!(size(pack), None, "nothing was built on it");
 }
