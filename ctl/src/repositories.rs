@@ -144,7 +144,9 @@ pub(crate) fn find(
         match outcome {
             Ok((entry, repository)) => found.push((place, repository, entry)),
             Err(error) => {
-                first_error.get_or_insert(error);
+                if error.code != FailureCode::NoSuchImage {
+                    first_error.get_or_insert(error);
+                }
             }
         }
     }
@@ -160,13 +162,17 @@ pub(crate) fn find(
         .hint("say which repository: -r NAME"));
     }
     match (found.pop(), first_error) {
-        (Some(one), _) => Ok(one),
-        (None, Some(error)) if error.code != FailureCode::NoSuchImage => Err(error),
-        (None, _) => Err(Failure::new(
+        // The one that could not be looked into may have it too, and a newer one.
+        (Some(_), Some(error)) => Err(error.hint("say which repository: -r NAME")),
+        (Some(one), None) => Ok(one),
+        (None, Some(error)) => Err(error),
+        (None, None) => Err(Failure::new(
             FailureCode::NoSuchImage,
             format!("there is no image {name}"),
         )
-        .hint("blktidectl images --all-hosts shows what there is")),
+        .hint(
+            "blktidectl images --all-hosts shows what there is; another machine's is HOST/NAME@N",
+        )),
     }
 }
 
@@ -187,8 +193,14 @@ fn resolve(repository: &Repository, name: &ImageName) -> Result<ImageEntry, Repo
         .map(|id| id.to_string())
         .unwrap_or_default();
     match repository.resolve(Some(&own), volume, which) {
-        // A rescue system is another machine: whose image it is goes without saying if there is only one.
-        Err(RepoError::NoImage) => repository.resolve(None, volume, which),
+        // A rescue system is another machine: whose image it is goes without saying if there is only one. A machine that has
+        // images of this name means its own.
+        Err(RepoError::NoImage) => {
+            match repository.resolve(Some(&own), volume, blktide_repo::Which::Latest) {
+                Err(RepoError::NoImage) => repository.resolve(None, volume, which),
+                _ => Err(RepoError::NoImage),
+            }
+        }
         other => other,
     }
 }
