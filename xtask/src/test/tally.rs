@@ -80,10 +80,10 @@ impl Tally {
         self.show(name, &format!("{}\n{}\n{why}", done.stdout, done.stderr));
     }
 
-    /// The figures that a test reports: lines that begin with `figure: `.
+    /// The figures that a test reports: what follows `figure: ` in a line; libtest has the first one behind the test's name.
     fn told(&self, done: &Finished) {
         for line in done.stdout.lines().chain(done.stderr.lines()) {
-            if let Some(figure) = line.strip_prefix("figure: ") {
+            if let Some((_, figure)) = line.split_once("figure: ") {
                 println!("          {figure}");
             }
         }
