@@ -2,8 +2,8 @@
 
 use crate::ImageReader;
 use crate::testing::{Model, VOLUME, World, geometry};
-use blktide_repo::Repository;
 use blktide_repo::memory::Asked;
+use blktide_repo::{RepoError, Repository, Which};
 use blktide_testkit::seed::Seed;
 use blktide_types::range::BlockRange;
 use blktide_types::set::BlockSet;
@@ -71,4 +71,26 @@ fn the_cost_of_a_block_does_not_depend_on_history() {
         // A frame of one block or of 16, a pack more in a page's list: no more than that.
         assert!(cost.2 == lists && cost.3 <= bytes + 6000, "{costs:?}");
     }
+}
+
+/// An image that cannot be read may be the newest: the one below it is not given in its stead, but by its number.
+#[test]
+fn the_newest_is_not_an_older_one() {
+    let world = World::new(Seed::of_test("the_newest_is_not_an_older_one"));
+    let geometry = geometry(64 * 4096, 4096);
+    let all = BlockSet::full(geometry.block_count());
+    let bytes = [1; 4096];
+    for _ in 0..2 {
+        world.backup(geometry, None, (&all, 64), |_| Model::Bytes(&bytes));
+    }
+    let store = world.repository.store();
+    store
+        .delete(&world.repository.manifest_name(VOLUME, 2))
+        .unwrap();
+    let resolve = |which| world.repository.resolve(None, "data", which);
+    let newest = resolve(Which::Latest);
+    assert!(matches!(newest, Err(RepoError::Damaged { .. })));
+    assert_eq!(resolve(Which::Number(1)).unwrap().head.sequence, 1);
+    world.backup(geometry, None, (&all, 64), |_| Model::Bytes(&bytes));
+    assert_eq!(resolve(Which::Latest).unwrap().head.sequence, 3);
 }
