@@ -45,9 +45,7 @@ impl Common {
     /// As [`Self::load`]; where the file that was named is not there, what this machine has in the usual place, if anything.
     pub(crate) fn load_whatever_is_there(&self) -> Result<Config, Failure> {
         let mut overrides = self.overrides();
-        let missing = |file: &PathBuf| {
-            matches!(std::fs::symlink_metadata(file), Err(e) if e.kind() == io::ErrorKind::NotFound)
-        };
+        let missing = |file: &PathBuf| matches!(std::fs::symlink_metadata(file), Err(e) if e.kind() == io::ErrorKind::NotFound);
         overrides.file = overrides.file.filter(|file| !missing(file));
         Config::load(&overrides, &Disk).map_err(|error| config_failure(&error))
     }
