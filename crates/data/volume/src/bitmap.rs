@@ -5,22 +5,22 @@
 //!                  marker      open, or closed by a life
 //!                  bitmap      what that life has tracked
 //! ```
-//! **Invariant**: no write is let through before [`open`] has returned, none after [`close`] was called.
+//! **Invariant**: no write is let through before [`open`] has returned, none after [`close`] was called. Where writers could not
+//! be kept out ([`Writers::Perhaps`]) no stored bitmap is believed.
 
 use crate::error::VolumeError;
-use crate::log::Log;
+use crate::options::VolumeOptions;
 use crate::save_area::chain;
-use crate::server::{Tracker, engine_error};
-use crate::start::Start;
+use crate::server::engine_error;
 use blktide_device::Backing;
-use blktide_engine::Engine;
 use blktide_engine::evidence::{self, Evidence, ReadAt};
 use blktide_engine::handover::{self, Begun, Bitmap, Identity, Name, Stored, Surroundings};
+use blktide_engine::{Control, Engine};
 use blktide_format::shared::control;
 use blktide_sys::buffer::AlignedBuffer;
 use blktide_sys::clock::{SystemClock, SystemRandom};
 use blktide_sys::{SysError, fs, host};
-use blktide_types::clock::{Clock, Random};
+use blktide_types::clock::{Clock, Random, WallTime};
 use blktide_types::id::{GenerationName, LifeId, VolumeId};
 use blktide_types::reason::Reason;
 use std::fs::{File, OpenOptions};
@@ -28,19 +28,53 @@ use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A life of the bitmap: from attach to clean stop.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Life {
+pub struct Life {
     /// The volume.
-    pub(crate) volume: VolumeId,
+    pub volume: VolumeId,
     /// The life.
-    pub(crate) life: LifeId,
+    pub life: LifeId,
+}
+
+/// Whether somebody can write to the volume while its bitmap is taken over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writers {
+    /// The fence is ours: nobody, since before the evidence was looked at.
+    None,
+    /// It is in use.
+    Perhaps,
+}
+
+/// The device of a hand-over.
+#[derive(Debug)]
+pub struct HandoverDevice {
+    /// Evidence is read from it; open for direct reads.
+    pub reader: OwnedFd,
+    /// It is flushed by this.
+    pub flushed: Arc<OwnedFd>,
+    /// Bytes of the volume.
+    pub volume_bytes: u64,
+}
+
+impl HandoverDevice {
+    /// That of a fenced backing device.
+    pub fn of(backing: &Backing) -> Result<Self, VolumeError> {
+        Ok(Self {
+            reader: backing
+                .reader()
+                .map_err(|source| VolumeError::Device { source })?,
+            flushed: Arc::clone(backing.file()),
+            volume_bytes: backing.limits().volume_bytes,
+        })
+    }
 }
 
 impl Life {
     /// The one that stands in the control memory.
-    pub(crate) fn of_words(engine: &Engine) -> Self {
+    pub fn of_words(engine: &Engine) -> Self {
         let id = |a, b| {
             let mut out = [0; 16];
             let (low, high) = out.split_at_mut(8);
@@ -71,18 +105,19 @@ impl Life {
     }
 }
 
-/// Begins a life: takes the bitmap file over if it may be believed. Afterwards the first write is allowed.
+/// Begins a life: takes the bitmap file over if it may be believed. Afterwards the first write is allowed, or, with
+/// [`Writers::Perhaps`], everything that is marked from now on counts. `say` is told what became of it.
 ///
 /// Waits: for the evidence's reads and a few flushes of the state folder's disk.
 /// Errors: nothing is served; a bitmap that might be believed later could not be destroyed, or there is no folder for one.
-pub(crate) fn open(
-    start: &Start,
-    backing: &Backing,
+pub fn open(
+    options: &VolumeOptions,
+    (device, writers): (&HandoverDevice, Writers),
     engine: &Engine,
-    tracker: &mut Tracker,
-    log: &Log,
+    tracker: &mut Control,
+    say: &dyn Fn(&str),
 ) -> Result<Life, VolumeError> {
-    let folder = start.options.state_folder();
+    let folder = options.state_folder();
     fs::create_folders(&folder, 0o700).map_err(|e| failed("make the folder", &folder, e))?;
     let random = SystemRandom::new();
     let life = Life {
@@ -90,9 +125,8 @@ pub(crate) fn open(
         life: LifeId(random.id()),
     };
     life.store(engine);
-    let identity = identity(start, engine, life)?;
-    let mut around = Around::new(&folder, backing)?;
-    let sectors = sectors_changed(backing);
+    let identity = identity(options, engine, life)?;
+    let mut around = Around::new(&folder, device);
     let begun = handover::attach(identity, &mut around)
         .map_err(|source| VolumeError::Handover { source })?;
     let wall = SystemClock.wall();
@@ -101,7 +135,7 @@ pub(crate) fn open(
         Begun::Continued {
             generations,
             distrust,
-        } => {
+        } if writers == Writers::None => {
             tracker
                 .begin_life(&generations, fresh())
                 .map_err(engine_error)?;
@@ -110,35 +144,46 @@ pub(crate) fn open(
                 tracker.remember_distrust((reason, since), detail);
             }
             let count = generations.len();
-            log.say(&format!(
-                "server: the bitmap of the last stop is believed, {count} generations"
+            say(&format!(
+                "the bitmap of the last stop is believed, {count} generations"
             ));
         }
+        Begun::Continued { .. } => {
+            let reason = Reason::TrackingInterrupted;
+            let detail = "it was in use when tracking began: what was written before is not known";
+            begin_anew(tracker, (reason, detail), (wall, &fresh), say)?;
+        }
         Begun::Anew { reason, detail } => {
-            tracker.begin_life(&[], fresh()).map_err(engine_error)?;
-            tracker.distrust((reason, wall), detail, fresh().0);
-            log.say(&format!("server: tracking begins anew, {reason}: {detail}"));
+            begin_anew(tracker, (reason, detail), (wall, &fresh), say)?;
         }
     }
-    if let Some(sectors) = sectors {
-        engine.set_word(control::SECTORS_WRITTEN, sectors);
-    }
     Ok(life)
+}
+
+fn begin_anew(
+    tracker: &mut Control,
+    (reason, detail): (Reason, &str),
+    (wall, fresh): (WallTime, &dyn Fn() -> (GenerationName, WallTime)),
+    say: &dyn Fn(&str),
+) -> Result<(), VolumeError> {
+    tracker.begin_life(&[], fresh()).map_err(engine_error)?;
+    tracker.distrust((reason, wall), detail, fresh().0);
+    say(&format!("tracking begins anew, {reason}: {detail}"));
+    Ok(())
 }
 
 /// Ends a life: stores the bitmap file and closes the marker. The volume is provably closed to writers. May run twice.
 ///
 /// Waits: for flushes of the device and of the state folder's disk. Errors: the next life distrusts.
-pub(crate) fn close(
-    start: &Start,
-    backing: &Backing,
+pub fn close(
+    options: &VolumeOptions,
+    device: &HandoverDevice,
     engine: &Engine,
-    tracker: &Tracker,
-    life: Life,
+    tracker: &Control,
 ) -> Result<(), VolumeError> {
-    let folder = start.options.state_folder();
-    let identity = identity(start, engine, life)?;
-    let mut around = Around::new(&folder, backing)?;
+    let folder = options.state_folder();
+    let identity = identity(options, engine, Life::of_words(engine))?;
+    let mut around = Around::new(&folder, device);
     let trust = tracker.trusted();
     let bitmap = if engine.word(control::PASS_THROUGH) == 0 {
         Bitmap::Known {
@@ -158,8 +203,23 @@ pub(crate) fn close(
     }
 }
 
+/// Ends a life whose volume goes on being written: no bitmap is stored, and the marker says why for good.
+///
+/// Waits: for a flush of the state folder's disk. Errors: the marker says 'open' all the same, and the next life distrusts.
+pub fn give_up(
+    options: &VolumeOptions,
+    device: &HandoverDevice,
+    engine: &Engine,
+    reason: Reason,
+) -> Result<(), VolumeError> {
+    let identity = identity(options, engine, Life::of_words(engine))?;
+    let mut around = Around::new(&options.state_folder(), device);
+    handover::stop(identity, Bitmap::Unknown(reason), &mut around);
+    Ok(())
+}
+
 /// The device's count before the evidence is taken: what somebody else writes from here on is seen at the next hold.
-fn sectors_changed(backing: &Backing) -> Option<u64> {
+pub(crate) fn sectors_changed(backing: &Backing) -> Option<u64> {
     backing.sectors_changed()?;
     // What an earlier user left in the page cache is not written past us: the evidence's reads would push it out. If this
     // fails, a full backup too many is all that comes of it.
@@ -167,13 +227,13 @@ fn sectors_changed(backing: &Backing) -> Option<u64> {
     backing.sectors_changed()
 }
 
-fn identity(start: &Start, engine: &Engine, life: Life) -> Result<Identity, VolumeError> {
+fn identity(options: &VolumeOptions, engine: &Engine, life: Life) -> Result<Identity, VolumeError> {
     Ok(Identity {
         volume: life.volume,
         life: life.life,
         boot: host::boot_id().map_err(|e| failed("read", Path::new("boot_id"), e))?,
         geometry: engine.shape().geometry,
-        exclusive: start.options.exclusive,
+        exclusive: options.exclusive,
     })
 }
 
@@ -206,21 +266,17 @@ fn failed(what: &'static str, path: &Path, source: SysError) -> VolumeError {
 /// The state folder and the device.
 struct Around<'a> {
     folder: PathBuf,
-    backing: &'a Backing,
-    reader: OwnedFd,
+    device: &'a HandoverDevice,
     last: Option<io::Error>,
 }
 
 impl<'a> Around<'a> {
-    fn new(folder: &Path, backing: &'a Backing) -> Result<Self, VolumeError> {
-        Ok(Self {
+    fn new(folder: &Path, device: &'a HandoverDevice) -> Self {
+        Self {
             folder: folder.to_owned(),
-            reader: backing
-                .reader()
-                .map_err(|source| VolumeError::Device { source })?,
-            backing,
+            device,
             last: None,
-        })
+        }
     }
 
     fn path(&self, name: Name) -> PathBuf {
@@ -284,14 +340,14 @@ impl Surroundings for Around<'_> {
     }
 
     fn flush_device(&mut self) -> io::Result<()> {
-        let done = fs::sync_data(&**self.backing.file());
+        let done = fs::sync_data(&*self.device.flushed);
         self.noting(done)
     }
 
     fn evidence(&mut self) -> Evidence {
         evidence::collect(&Reader {
-            device: &self.reader,
-            bytes: self.backing.limits().volume_bytes,
+            device: &self.device.reader,
+            bytes: self.device.volume_bytes,
         })
     }
 }

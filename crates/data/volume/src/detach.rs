@@ -6,7 +6,7 @@
 //! ```
 //! **Invariant**: the bitmap is stored only after the frontend is gone with no opener left, and while the fence is ours.
 
-use crate::bitmap;
+use crate::bitmap::{self, HandoverDevice};
 use crate::error::Refusal;
 use crate::message::Reply;
 use crate::save_area::chain;
@@ -118,7 +118,8 @@ impl Server {
         }
         let (start, backing, engine) = (&self.start, &self.backing, &self.engine);
         let stored = if clean {
-            bitmap::close(start, backing, engine, &self.tracker, self.life)
+            HandoverDevice::of(backing)
+                .and_then(|device| bitmap::close(&start.options, &device, engine, &self.tracker))
         } else {
             Err(io_error("end the queues", std::io::ErrorKind::Other.into()))
         };

@@ -8,7 +8,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
-mod bitmap;
+pub mod bitmap;
 pub mod client;
 mod detach;
 pub mod error;

@@ -7,7 +7,7 @@
 //! **Invariant**: no slot is touched and no write submitted before the fence is ours (P6); from its start to its service
 //! a successor opens nothing but the backing device (P7).
 
-use crate::bitmap::{self, Life};
+use crate::bitmap::{self, HandoverDevice, Life, Writers};
 use crate::error::VolumeError;
 use crate::inherited::{Inherited, read_options};
 use crate::log::Log;
@@ -107,7 +107,14 @@ fn serve(
         backing = fence(start, &inherited, Some(FENCE_LIMIT))?;
         engine = Engine::create(&shared, &banks, shape).map_err(engine_error)?;
         tracker = engine.control();
-        life = bitmap::open(start, &backing, &engine, &mut tracker, &log)?;
+        let device = HandoverDevice::of(&backing)?;
+        let sectors = bitmap::sectors_changed(&backing);
+        let say = |text: &str| log.say(&format!("server: {text}"));
+        let closed = (&device, Writers::None);
+        life = bitmap::open(&start.options, closed, &engine, &mut tracker, &say)?;
+        if let Some(sectors) = sectors {
+            engine.set_word(control::SECTORS_WRITTEN, sectors);
+        }
     } else {
         engine = Engine::open(&shared, &banks).map_err(engine_error)?;
         tracker = engine.control();
