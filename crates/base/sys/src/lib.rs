@@ -9,6 +9,7 @@
 )]
 
 pub mod blockdev;
+pub mod bpf;
 pub mod buffer;
 pub mod clock;
 mod error;

@@ -39,21 +39,39 @@ impl Mapping {
         Self::map(memory, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)
     }
 
+    /// Maps the first `bytes` bytes (rounded up to whole pages) of the BPF array behind `fd`.
+    ///
+    /// Refused unless that is an array, made to be mapped, of at least this size. An array cannot shrink, and a mapping
+    /// of it outlives its pin, its descriptors and its programs.
+    pub fn of_bpf_array(fd: &impl AsFd, bytes: usize) -> Result<Self> {
+        Self::map_array(fd, bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)
+    }
+
+    fn map_array(fd: &impl AsFd, bytes: usize, protection: ProtFlags) -> Result<Self> {
+        let whole = crate::bpf::array_bytes(fd)?;
+        let fits = u64::try_from(bytes).is_ok_and(|bytes| bytes <= whole);
+        let len = bytes.checked_next_multiple_of(PAGE_BYTES).filter(|_| fits);
+        let len = len.ok_or_else(|| SysError::unfit("BPF map", "it is smaller than it must be"))?;
+        Self::map_fd(fd, "BPF map", len, protection)
+    }
+
     fn map(memory: &Memfd, protection: ProtFlags) -> Result<Self> {
-        let fail = |e: io::Error| SysError::call("mmap", "memfd", e);
-        let len = usize::try_from(memory.bytes()).map_err(|e| fail(io::Error::other(e)))?;
-        let size = NonZeroUsize::new(len).ok_or_else(|| SysError::unfit("memfd", "it is empty"))?;
+        let len = usize::try_from(memory.bytes())
+            .map_err(|e| SysError::call("mmap", "memfd", io::Error::other(e)))?;
+        Self::map_fd(memory, "memfd", len, protection)
+    }
+
+    /// The caller knows that what is behind `fd` has `len` bytes and cannot shrink.
+    fn map_fd(
+        fd: &impl AsFd,
+        name: &'static str,
+        len: usize,
+        protection: ProtFlags,
+    ) -> Result<Self> {
+        let fail = |e: io::Error| SysError::call("mmap", name, e);
+        let size = NonZeroUsize::new(len).ok_or_else(|| SysError::unfit(name, "it is empty"))?;
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no memory that exists.
-        let mapped = unsafe {
-            mmap(
-                None,
-                size,
-                protection,
-                MapFlags::MAP_SHARED,
-                memory.as_fd(),
-                0,
-            )
-        };
+        let mapped = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, fd, 0) };
         let base = mapped.map_err(|e| fail(e.into()))?.cast();
         Ok(Self { base, len })
     }
@@ -181,6 +199,13 @@ impl ReadOnlyMapping {
     /// Maps all of `memory` for reading.
     pub fn new(memory: &Memfd) -> Result<Self> {
         Ok(Self(Mapping::map(memory, ProtFlags::PROT_READ)?))
+    }
+
+    /// Maps the first `bytes` bytes of a BPF array for reading, as [`Mapping::of_bpf_array`].
+    ///
+    /// The descriptor must be open for writing all the same: the kernel maps no array through another (`EINVAL`).
+    pub fn of_bpf_array(fd: &impl AsFd, bytes: usize) -> Result<Self> {
+        Ok(Self(Mapping::map_array(fd, bytes, ProtFlags::PROT_READ)?))
     }
 
     /// Number of words.
