@@ -2,11 +2,16 @@
 //!
 //! Read from sysfs and statx(2): nothing here opens a device for writing.
 
+mod freeze;
+
+pub use freeze::{FreezeError, Frozen, freeze, thaw};
+
 use crate::Result;
 use crate::error::{SysError, check};
-use crate::mounts::{self, DeviceNumber, Mount};
+use crate::mounts::{self, DeviceNumber, Mount, Reachable};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -135,6 +140,7 @@ impl BlockDevice {
             writes: field(4).unwrap_or(0),
             sectors_written: field(6).unwrap_or(0),
             in_flight: field(8).unwrap_or(0),
+            discards: field(11).unwrap_or(0),
             sectors_discarded: field(13).unwrap_or(0),
         })
     }
@@ -162,8 +168,69 @@ impl BlockDevice {
             .collect())
     }
 
+    /// Whether it is a partition of a disk.
+    pub fn is_partition(&self) -> bool {
+        disk_of(&self.folder).is_some()
+    }
+
+    /// The disk that it is a partition of, or itself: the device whose number the kernel's block tracepoints tell.
+    pub fn whole_disk(&self) -> Result<Self> {
+        let Some(folder) = disk_of(&self.folder).map(Path::to_owned) else {
+            return Ok(self.clone());
+        };
+        let path = folder.join("dev");
+        let number = DeviceNumber::parse(&read_trimmed(&path)?)
+            .ok_or_else(|| SysError::unfit(path, "not the number of a device"))?;
+        Ok(Self { number, folder })
+    }
+
+    /// Where it begins on its whole disk, in 512-byte sectors.
+    pub fn start_sector(&self) -> Result<u64> {
+        if self.is_partition() {
+            self.number_in("start")
+        } else {
+            Ok(0)
+        }
+    }
+
+    /// Whether its driver takes bios and knows no requests (dm, md, zram, brd, pmem, `NVMe` multipath): then the kernel
+    /// tells when a write is queued, but not when it is done.
+    pub fn is_bio_based(&self) -> bool {
+        !self.disk_folder().join("mq").exists()
+    }
+
+    /// Whether its memory can be mapped by file systems past the block layer: such writes are seen by nobody.
+    pub fn is_dax(&self) -> bool {
+        self.queue_u32("dax").is_ok_and(|v| v != 0)
+    }
+
+    /// The file that a loop device shows, as its sysfs names it; `None` if it is not a loop device that is bound.
+    ///
+    /// The kernel appends ` (deleted)` to a file that has no name any more.
+    pub fn loop_backing_file(&self) -> Option<PathBuf> {
+        let text = std::fs::read(self.disk_folder().join("loop/backing_file")).ok()?;
+        let name = text.strip_suffix(b"\n").unwrap_or(&text);
+        Some(PathBuf::from(std::ffi::OsStr::from_bytes(name)))
+    }
+
     /// Mounts of its file system, and of those of its partitions.
     pub fn mounts(&self) -> Result<Vec<Mount>> {
+        let (numbers, names) = self.with_partitions()?;
+        let mut all = mounts::all()?;
+        all.retain(|m| numbers.contains(&m.device) || names.contains(&m.source));
+        Ok(all)
+    }
+
+    /// As [`Self::mounts`], also those that only processes in other mount namespaces see.
+    pub fn mounts_anywhere(&self) -> Result<Vec<Reachable>> {
+        let (numbers, names) = self.with_partitions()?;
+        let mut all = mounts::anywhere()?;
+        all.retain(|r| numbers.contains(&r.mount.device) || names.contains(&r.mount.source));
+        Ok(all)
+    }
+
+    /// The numbers and nodes of it and of its partitions.
+    fn with_partitions(&self) -> Result<(Vec<DeviceNumber>, Vec<PathBuf>)> {
         let mut numbers = vec![self.number];
         let mut names = vec![self.node()];
         for partition in self.partitions()? {
@@ -171,11 +238,7 @@ impl BlockDevice {
             let text = read_trimmed(&self.folder.join(partition).join("dev"))?;
             numbers.extend(DeviceNumber::parse(&text));
         }
-        let all = mounts::all()?;
-        Ok(all
-            .into_iter()
-            .filter(|m| numbers.contains(&m.device) || names.contains(&m.source))
-            .collect())
+        Ok((numbers, names))
     }
 
     /// Whether it, or one of its partitions, is used as swap.
@@ -288,12 +351,14 @@ pub struct Counters {
     pub reads: u64,
     /// 512-byte sectors.
     pub sectors_read: u64,
-    /// Requests.
+    /// Requests; discards are not among them, zeroing is.
     pub writes: u64,
-    /// 512-byte sectors.
+    /// 512-byte sectors; discarded ones are not among them, zeroed ones are.
     pub sectors_written: u64,
     /// Requests that are under way.
     pub in_flight: u64,
+    /// Requests.
+    pub discards: u64,
     /// 512-byte sectors.
     pub sectors_discarded: u64,
 }
@@ -410,55 +475,18 @@ fn ioctl_range(fd: &impl AsFd, request: libc::c_ulong, offset: u64, len: u64) ->
 
 /// Writes out and forgets what the page cache has of an open block device.
 pub fn forget_cache(fd: &impl AsFd) -> io::Result<()> {
-    #[expect(
-        clippy::useless_conversion,
-        reason = "the type differs between C libraries"
-    )]
-    let request = BLKFLSBUF.try_into().map_err(io::Error::other)?;
-    // SAFETY: this request takes a number that is not used.
-    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, 0) }).map(|_| ())
+    ioctl_number(fd, BLKFLSBUF)
 }
 
-/// A file system that is frozen as long as this lives: nothing is written to it. Thawed when dropped.
-///
-/// If this process dies the file system stays frozen: keep a guard process for that (see `docs/decisions`).
-#[derive(Debug)]
-pub struct Frozen {
-    folder: std::fs::File,
-}
-
-const FIFREEZE: libc::c_ulong = 0xc004_5877;
-const FITHAW: libc::c_ulong = 0xc004_5878;
-
-impl Frozen {
-    /// Freezes the file system mounted at `at`. Waits: until its dirty data are written.
-    pub fn freeze(at: &Path) -> Result<Self> {
-        let folder = std::fs::File::open(at).map_err(|e| SysError::call("open", at, e))?;
-        freeze_or_thaw(&folder, FIFREEZE).map_err(|e| SysError::call("FIFREEZE", at, e))?;
-        Ok(Self { folder })
-    }
-
-    /// Thaws it, and says if that failed.
-    pub fn thaw(self) -> io::Result<()> {
-        freeze_or_thaw(&self.folder, FITHAW)
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        // EINVAL after an explicit thaw.
-        drop(freeze_or_thaw(&self.folder, FITHAW));
-    }
-}
-
-fn freeze_or_thaw(folder: &std::fs::File, request: libc::c_ulong) -> io::Result<()> {
+/// A request whose argument is a number that is not used.
+fn ioctl_number(fd: &impl AsFd, request: libc::c_ulong) -> io::Result<()> {
     #[expect(
         clippy::useless_conversion,
         reason = "the type differs between C libraries"
     )]
     let request = request.try_into().map_err(io::Error::other)?;
-    // SAFETY: these requests take a number that is not used.
-    check(unsafe { libc::ioctl(folder.as_raw_fd(), request, 0) }).map(|_| ())
+    // SAFETY: the requests that this is called with take a number that is not used.
+    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, 0) }).map(|_| ())
 }
 
 #[cfg(test)]
@@ -498,6 +526,9 @@ mod tests {
             );
             device.counters().unwrap();
             device.mounts().unwrap();
+            assert!(!device.is_partition());
+            assert_eq!(device.whole_disk().unwrap(), device);
+            assert_eq!(device.start_sector().unwrap(), 0);
             device.is_swap().unwrap();
         }
     }
@@ -534,6 +565,51 @@ mod tests {
         assert!(!on(&top, "8:2"));
         assert!(on(&partition, "8:0") && !on(&disk, "8:1") && !on(&sibling, "8:1"));
         assert!(!folder_stands_on(&top, number("8:0"), 2), "no end");
+        std::fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn a_partition_and_its_disk() {
+        let root = std::env::temp_dir().join(format!("blktide-sys-part-{}", std::process::id()));
+        let file = |path: &str, text: &str| {
+            let path = root.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::File::create(path)
+                .and_then(|mut file| io::Write::write_all(&mut file, text.as_bytes()))
+                .unwrap();
+        };
+        let stat = "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17\n";
+        for (path, text) in [
+            ("loop7/dev", "7:7\n"),
+            ("loop7/queue/dax", "1\n"),
+            ("loop7/loop/backing_file", "/tmp/a file (deleted)\n"),
+            ("loop7/mq/0/cpu_list", "0\n"),
+            ("loop7/loop7p1/partition", "1\n"),
+            ("loop7/loop7p1/start", "2048\n"),
+            ("loop7/loop7p1/stat", stat),
+            ("dm-0/dev", "253:0\n"),
+            ("dm-0/queue/dax", "0\n"),
+        ] {
+            file(path, text);
+        }
+        let device = |path: &str, minor| BlockDevice {
+            number: DeviceNumber { major: 7, minor },
+            folder: root.join(path),
+        };
+        let part = device("loop7/loop7p1", 300);
+        assert!(part.is_partition() && !part.is_bio_based() && part.is_dax());
+        assert_eq!(part.start_sector().unwrap(), 2048);
+        assert_eq!(part.whole_disk().unwrap(), device("loop7", 7));
+        assert_eq!(
+            part.loop_backing_file(),
+            Some("/tmp/a file (deleted)".into())
+        );
+        let counters = part.counters().unwrap();
+        assert_eq!((counters.writes, counters.sectors_written), (5, 7));
+        assert_eq!((counters.discards, counters.sectors_discarded), (12, 14));
+        let mapped = device("dm-0", 0);
+        assert!(mapped.is_bio_based() && !mapped.is_dax() && !mapped.is_partition());
+        assert_eq!(mapped.loop_backing_file(), None);
         std::fs::remove_dir_all(&root).unwrap();
     }
 
