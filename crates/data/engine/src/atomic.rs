@@ -3,6 +3,7 @@
 //! **Invariant**: nothing here hands out plain memory. Whatever two threads or two processes may touch at
 //! once is an [`AtomicU64`].
 
+use crate::broken::step;
 use crate::error::EngineError;
 use core::fmt;
 use std::ops::Range;
@@ -23,6 +24,7 @@ pub trait Memory: Send + Sync + fmt::Debug {
     /// Waits: in proportion to the range. A mapping may do better than these stores (punch, populate, lock).
     fn prepare(&self, words: Range<usize>) -> std::io::Result<()> {
         for word in self.words().get(words).unwrap_or_default() {
+            step();
             word.store(0, Ordering::Relaxed);
         }
         Ok(())
@@ -104,12 +106,14 @@ impl Words {
     /// Stores word `index`; nothing happens past the end.
     pub(crate) fn store(&self, index: usize, value: u64, order: Ordering) {
         if let Some(word) = self.at(index) {
+            step();
             word.store(value, order);
         }
     }
 
     /// Adds to word `index` and returns what it held.
     pub(crate) fn add(&self, index: usize, value: u64) -> u64 {
+        step();
         self.at(index)
             .map_or(0, |w| w.fetch_add(value, Ordering::Relaxed))
     }
@@ -119,6 +123,7 @@ impl Words {
         if let Some(word) = self.at(index)
             && word.load(Ordering::Relaxed) < value
         {
+            step();
             word.fetch_max(value, Ordering::Relaxed);
         }
     }

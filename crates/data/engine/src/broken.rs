@@ -124,3 +124,42 @@ pub(crate) fn broken(rule: Break) -> bool {
 pub(crate) const fn broken(_rule: Break) -> bool {
     false
 }
+
+#[cfg(all(test, not(loom)))]
+thread_local! {
+    static STORES_LEFT: std::cell::Cell<Option<u64>> = const { std::cell::Cell::new(None) };
+}
+
+/// What unwinds where [`cut_after`] ends a life.
+#[cfg(all(test, not(loom)))]
+#[derive(Debug)]
+pub(crate) struct Cut;
+
+/// Runs `life` and ends it, as a SIGKILL would, before its store number `stores`; whether it came to its end.
+#[cfg(all(test, not(loom)))]
+pub(crate) fn cut_after(stores: u64, life: impl FnOnce()) -> bool {
+    STORES_LEFT.set(Some(stores));
+    let end = std::panic::catch_unwind(std::panic::AssertUnwindSafe(life));
+    STORES_LEFT.set(None);
+    match end {
+        Ok(()) => true,
+        Err(cut) if cut.is::<Cut>() => false,
+        Err(other) => std::panic::resume_unwind(other),
+    }
+}
+
+/// A word of shared memory is about to be stored: a test may end the process here.
+#[cfg(all(test, not(loom)))]
+pub(crate) fn step() {
+    if let Some(left) = STORES_LEFT.get() {
+        if left == 0 {
+            STORES_LEFT.set(None);
+            std::panic::resume_unwind(Box::new(Cut));
+        }
+        STORES_LEFT.set(Some(left - 1));
+    }
+}
+
+/// A word of shared memory is about to be stored: nothing to do.
+#[cfg(not(all(test, not(loom))))]
+pub(crate) const fn step() {}

@@ -3,6 +3,8 @@
 //! ```text
 //! begin_life ─▶ … prepare ─▶ hold ─▶ poll … Held ─▶ commit ─▶ (snapshot lives) ─▶ end_snapshot ─▶ … ─▶ export
 //! take_over  ─▶ …                 └─▶ release, expiry: nothing happened
+//!
+//! adopt      ─▶ absorb … prepare_generation ─▶ open_prepared ─▶ settle ─▶ …      where the kernel marks: no gate, no snapshot
 //! ```
 //!
 //! **Invariant**: one control side a volume. It alone stores the epoch word; it writes only to the copy of the table that the
@@ -26,9 +28,11 @@ use std::sync::{Arc, PoisonError};
 mod generations;
 mod hints;
 mod snapshots;
+mod watched;
 
 pub use hints::Hint;
 pub use snapshots::{Absent, Limits, Prepared, SnapshotMemories, SnapshotRequest};
+pub use watched::{Opened, PreparedGeneration};
 
 use generations::{or_into, position, prepare_bank};
 use snapshots::Living;
@@ -136,6 +140,14 @@ impl Control {
             words.store(queue::TICK, 0, Ordering::Relaxed);
             words.store(queue::OUTSTANDING, 0, Ordering::Relaxed);
         }
+        self.reopen(fresh);
+        Ok(())
+    }
+
+    /// Goes on where a former control side ended, at whatever moment: no snapshot lives, and a table that does not check is
+    /// distrusted, with `fresh` as the only name.
+    fn reopen(&mut self, fresh: (GenerationName, WallTime)) {
+        let inner = Arc::clone(&self.engine.inner);
         let epoch = inner.marks.epoch();
         let bank = if epoch.bank() < inner.marks.banks() {
             epoch.bank()
@@ -157,7 +169,6 @@ impl Control {
                 fresh.0,
             );
         }
-        Ok(())
     }
 
     /// Switches tracking off: distrusts first, then nothing is marked and nothing preserved any more (fail-open).
@@ -193,14 +204,16 @@ impl Control {
         detail: &str,
         fresh: GenerationName,
     ) {
-        self.remember_distrust((reason, wall), detail);
         let leans = self.living.as_ref().is_some_and(|l| l.base_resolved);
         if leans || reason != Reason::TrackerSuspect {
             self.revoke(RevokeCause::Distrusted);
         }
+        // Names first: a death in between loses the reason, not the distrust. The other way round the names would still be
+        // known, and an image that names one of them could end the distrust (`trust`).
         if !broken(Break::DistrustKeepsNames) {
             self.forget_names(wall, fresh);
         }
+        self.remember_distrust((reason, wall), detail);
     }
 
     /// Says that the tracker is distrusted, and since when, and forgets nothing: a full image was owed when the last life

@@ -4,6 +4,7 @@
 //! frontend ─▶ Request::step ─▶ [enter ─▶ mark ─▶ preserve ─▶ perform ─▶ leave] ─▶ Complete      a queue's thread each
 //!                   │ atomics in shared memory (gate, epoch, banks, states)
 //! Control: begin_life · take_over · prepare · hold · commit · end_snapshot · distrust · export   one control thread
+//!          begin_life · adopt · absorb · prepare_generation · open_prepared                      where the kernel marks
 //! SnapshotView: take · shrink · complete                                                    a backup's workers
 //! ```
 //!
@@ -34,7 +35,10 @@ mod worlds;
 
 pub use atomic::{Memory, PlainMemory};
 pub use consequence::Errno;
-pub use control::{Absent, Control, Limits, Prepared, SnapshotMemories, SnapshotRequest};
+pub use control::{
+    Absent, Control, Limits, Opened, Prepared, PreparedGeneration, SnapshotMemories,
+    SnapshotRequest, Trust,
+};
 pub use engine::Engine;
 pub use error::EngineError;
 pub use gate::{Hold, HoldState};

@@ -9,7 +9,7 @@
 //! union of the banks from G's run on: merged runs give a superset, never less.
 
 use crate::atomic::{AtomicU64, Ordering, Words, index, wide};
-use crate::broken::{Break, broken};
+use crate::broken::{Break, broken, step};
 use blktide_format::shared::{self, generation, table};
 use blktide_types::clock::WallTime;
 use blktide_types::geometry::Geometry;
@@ -131,6 +131,7 @@ fn mark_bits(words: &[AtomicU64], start: u64, end: u64) {
         if let Some(word) = words.get(index(word))
             && word.load(Ordering::Relaxed) & bits != bits
         {
+            step();
             word.fetch_or(bits, Ordering::Relaxed);
         }
     }

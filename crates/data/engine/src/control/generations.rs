@@ -4,13 +4,54 @@
 
 use super::Control;
 use crate::atomic::{AtomicU64, Ordering, Words};
-use crate::broken::{Break, broken};
+use crate::broken::{Break, broken, step};
 use crate::engine::Inner;
 use crate::error::EngineError;
-use crate::tracker::{Generation, StoredGeneration, marked_blocks};
+use crate::tracker::{Epoch, Generation, StoredGeneration, marked_blocks, store_table};
+use blktide_types::clock::WallTime;
 use blktide_types::id::GenerationName;
 use blktide_types::range::BlockRange;
+use blktide_types::reason::Reason;
 use blktide_types::set::BlockSet;
+use std::sync::Arc;
+
+/// A generation that is asked for.
+#[derive(Clone, Copy)]
+pub(super) struct Wish {
+    /// Its name: random, never used before.
+    pub(super) opens: GenerationName,
+    /// When it opens, for people.
+    pub(super) at: WallTime,
+    /// The generation that the base image's instant opened.
+    pub(super) base: Option<GenerationName>,
+    /// The name to go on with if the table is found broken.
+    pub(super) fresh: GenerationName,
+}
+
+/// A generation that lacks nothing but the store of the epoch that opens it.
+pub(super) struct Next {
+    /// Its name.
+    pub(super) name: GenerationName,
+    /// Its number, for people.
+    pub(super) counter: u64,
+    /// Its bank, of zeroes.
+    bank: usize,
+    /// The copy of the table that names it.
+    table: usize,
+    /// The generations before it.
+    pub(super) before: Vec<Generation>,
+    /// Where the base's run begins in them, if the base is known.
+    pub(super) base: Option<usize>,
+    /// The control side's version from which on this is out of date.
+    pub(super) version: u64,
+}
+
+impl Next {
+    /// The epoch that opens it.
+    pub(super) fn epoch(&self, snapshot: bool, sequence: u64) -> Epoch {
+        Epoch::new(self.bank, self.table, snapshot, sequence)
+    }
+}
 
 impl Control {
     /// The blocks written since `name` opened, up to now. Waits: in proportion to the volume's bitmap.
@@ -53,6 +94,77 @@ impl Control {
                 },
             })
             .collect()
+    }
+
+    /// Makes the next generation ready: all that takes time, and nothing that anybody sees. What was made ready before and
+    /// not opened is out of date from here on: its place in the table is taken.
+    pub(super) fn make_next(&mut self, wish: Wish) -> Result<Next, EngineError> {
+        let inner = Arc::clone(&self.engine.inner);
+        if inner.passes_through() {
+            return Err(EngineError::PassingThrough);
+        }
+        if self.living.is_some() {
+            return Err(EngineError::SnapshotUnderWay);
+        }
+        if self.table().is_none() {
+            // A broken invariant costs a full backup, not a panic.
+            self.distrust(
+                (Reason::TrackingInterrupted, wish.at),
+                "the table of generations did not check",
+                wish.fresh,
+            );
+        }
+        self.asked_base = wish.base;
+        self.drop_names()?;
+        let bank = self.free_bank()?;
+        if !broken(Break::WrongBankCleared) {
+            prepare_bank(&inner, bank)?;
+        }
+        let mut list = self.table().ok_or(EngineError::NoBank)?;
+        let base = wish.base.and_then(|name| position(&list, name));
+        let before = list.clone();
+        let counter = self.next_counter();
+        let [low, ..] = counter.to_le_bytes();
+        let reused = broken(Break::NameReused).then_some(GenerationName([low; 16]));
+        let name = reused.unwrap_or(wish.opens);
+        list.push(Generation {
+            name,
+            counter,
+            opened: wish.at,
+            bank,
+        });
+        self.version = self.version.wrapping_add(1);
+        let table = 1 - inner.marks.epoch().table();
+        if let Some(words) = inner.tables.get(table) {
+            store_table(words, &list);
+        }
+        Ok(Next {
+            name,
+            counter,
+            bank,
+            table,
+            before,
+            base,
+            version: self.version,
+        })
+    }
+
+    /// After a swap, when nobody waits for it: what closed need not be locked any more, and a name and a bank are kept free. So
+    /// what a stop stores fits the next life as it is, which knows no hints yet.
+    ///
+    /// Waits: in proportion to the volume's bitmap.
+    pub fn settle(&mut self) {
+        let inner = Arc::clone(&self.engine.inner);
+        let epoch = inner.marks.epoch();
+        if let Some(closed) = self.table().and_then(|t| t.iter().rev().nth(1).copied())
+            && closed.bank != epoch.bank()
+            && let Some(bank) = inner.marks.bank(closed.bank)
+        {
+            bank.settle();
+        }
+        // If there is no room, the next generation will say so.
+        let _room = self.drop_names();
+        let _free = self.free_bank();
     }
 
     /// A bank that no table names, after merging neighbours if need be.
@@ -174,6 +286,7 @@ pub(super) fn or_into(inner: &Inner, bank: usize, words: &[u64]) -> Result<(), E
     }
     for (to, from) in bank.iter().zip(words) {
         if *from != 0 {
+            step();
             to.fetch_or(*from, Ordering::Relaxed);
         }
     }

@@ -2,19 +2,19 @@
 //!
 //! **Invariant**: everything that the epoch word will name is complete before the hold; in the hold there is one store.
 
-use super::{Control, position};
+use super::Control;
+use super::generations::Wish;
 use crate::atomic::{Memory, Ordering, Words};
 use crate::broken::{Break, broken};
 use crate::error::EngineError;
 use crate::gate::{Hold, HoldState};
 use crate::snapshot::{Begun, Overflow, SaveArea, Snapshot, fill, write_heads};
 use crate::state::{Revocation, SlotIndex, States, Writers};
-use crate::tracker::{Epoch, Generation, store_table};
+use crate::tracker::{Epoch, Generation};
 use blktide_format::shared::control;
 use blktide_types::clock::{Instant, WallTime};
 use blktide_types::id::{GenerationName, SnapshotId};
 use blktide_types::io::RevokeCause;
-use blktide_types::reason::Reason;
 use blktide_types::set::BlockSet;
 use core::time::Duration;
 use std::sync::Arc;
@@ -118,34 +118,21 @@ impl Control {
     /// Waits: in proportion to the volume's bitmap. Errors: nothing changed, but neighbours may be merged.
     pub fn prepare(&mut self, asked: &SnapshotRequest<'_>) -> Result<Prepared, EngineError> {
         let inner = Arc::clone(&self.engine.inner);
-        if inner.passes_through() {
-            return Err(EngineError::PassingThrough);
-        }
-        if self.living.is_some() {
-            return Err(EngineError::SnapshotUnderWay);
-        }
-        if self.table().is_none() {
-            // A broken invariant costs a full backup, not a panic. The snapshot's id is as random as a name.
-            self.distrust(
-                (Reason::TrackingInterrupted, asked.opens_at),
-                "the table of generations did not check",
-                GenerationName(asked.id.0),
-            );
-        }
-        self.asked_base = asked.base;
-        self.drop_names()?;
-        let bank = self.free_bank()?;
-        let bank_words = inner.marks.bank(bank).ok_or(EngineError::NoBank)?;
-        if !broken(Break::WrongBankCleared) {
-            bank_words
-                .prepare()
-                .map_err(|source| EngineError::BankNotReady { source })?;
-        }
-        let mut list = self.table().ok_or(EngineError::NoBank)?;
+        let next = self.make_next(Wish {
+            opens: asked.opens,
+            at: asked.opens_at,
+            base: asked.base,
+            // As random as a name.
+            fresh: GenerationName(asked.id.0),
+        })?;
         let epoch = inner.marks.epoch();
         let live = inner.marks.bank(epoch.bank()).ok_or(EngineError::NoBank)?;
-        let base = asked.base.and_then(|name| position(&list, name));
-        self.write_wanted(&asked.memories.wanted, asked.absent, base, &list)?;
+        self.write_wanted(
+            &asked.memories.wanted,
+            asked.absent,
+            next.base,
+            &next.before,
+        )?;
         let sequence = epoch
             .sequence()
             .max(
@@ -155,30 +142,17 @@ impl Control {
             )
             .saturating_add(1);
         let snapshot = Arc::new(self.make_snapshot(asked, sequence, live)?);
-        let counter = self.next_counter();
-        let [low, ..] = counter.to_le_bytes();
-        let name = broken(Break::NameReused).then_some(GenerationName([low; 16]));
-        list.push(Generation {
-            name: name.unwrap_or(asked.opens),
-            counter,
-            opened: asked.opens_at,
-            bank,
-        });
-        let table = 1 - epoch.table();
-        if let Some(words) = inner.tables.get(table) {
-            store_table(words, &list);
-        }
         inner
             .head
             .store(control::SNAPSHOT_SEQUENCE, sequence, Ordering::SeqCst);
         self.set_snapshot(Some(Arc::clone(&snapshot)));
         Ok(Prepared {
             snapshot,
-            opens: name.unwrap_or(asked.opens),
-            counter,
-            base_resolved: base.is_some(),
-            epoch: Epoch::new(bank, table, true, sequence),
-            version: self.version,
+            opens: next.name,
+            counter: next.counter,
+            base_resolved: next.base.is_some(),
+            epoch: next.epoch(true, sequence),
+            version: next.version,
             lease: asked.limits.lease,
         })
     }
@@ -331,16 +305,7 @@ impl Control {
             epoch.sequence(),
         ));
         self.set_snapshot(None);
-        if let Some(closed) = self.table().and_then(|t| t.iter().rev().nth(1).copied())
-            && closed.bank != epoch.bank()
-            && let Some(bank) = inner.marks.bank(closed.bank)
-        {
-            bank.settle();
-        }
-        // A name and a bank are kept free: so what a stop stores fits the next life as it is, which knows no hints yet. If
-        // there is none, `prepare` will say so.
-        let _room = self.drop_names();
-        let _free = self.free_bank();
+        self.settle();
         Ok(living.snapshot)
     }
 
