@@ -51,4 +51,6 @@ pub const LAYOUTS: &[Layout] = &[
     shared::states::LAYOUT,
     shared::index::LAYOUT,
     shared::slot::LAYOUT,
+    shared::watch::LAYOUT,
+    shared::sample::LAYOUT,
 ];

@@ -7,6 +7,7 @@
 //! index     head (64 words) │ block_of[slot] │ owner[slot]
 //! wanted    wanted before the swap, one bit a block │ changed before the swap, likewise
 //! slots     per slot: one page (state; the FUSE header ends with it) │ payload
+//! marks     head (512 words) │ bitmap A │ bitmap B      where the kernel marks: an array of its own, pinned
 //! ```
 //!
 //! Every word is a `u64` in host order, read and written by atomics; it never leaves the machine.
@@ -280,6 +281,106 @@ words! {
     }
 }
 
+words! {
+    /// Head of the memory that the kernel's programs mark in. Two bitmaps follow it, one bit a grain, lowest first.
+    pub mod watch, "WatchHead": 512 {
+        /// Counts swaps; its lowest bit says which bitmap is live. Moved by one atomic addition, never back.
+        0 => GENERATION,
+        /// Marks that were given up after too many turns: since it moved nothing may be believed.
+        1 => LOST,
+        /// `BLKTIDE` and 0x01; stored last, so that a half-made memory is not taken for one.
+        8 => MAGIC,
+        /// Version of all shared memory.
+        9 => VERSION,
+        /// Features that a build must know to touch the memory; none yet.
+        10 => INCOMPAT,
+        /// Words of one bitmap, from one to the next: whole pages.
+        11 => BITMAP_WORDS,
+        /// Base-2 logarithm of a grain in bytes.
+        12 => GRAIN_SHIFT,
+        /// First sector of the volume on its disk.
+        13 => START_SECTOR,
+        /// Sectors of the volume.
+        14 => SECTORS,
+        /// The whole disk, as its requests name it: major << 32 | minor.
+        15 => DEVICE,
+        /// 1: the disk's driver takes bios; no completion is seen, and generations change inside a freeze only.
+        16 => BIO_BASED,
+        /// Volume id, first half.
+        17 => VOLUME_ID_0,
+        /// Volume id, second half.
+        18 => VOLUME_ID_1,
+        /// The swap whose closed bitmap was drained to its end; another one than `GENERATION`: whoever drained it died.
+        24 => DRAINED,
+        /// Boot clock in nanoseconds when a freeze was about to be asked for; 0: nothing of ours is frozen.
+        32 => FROZEN_SINCE,
+        /// Device number of the file system that is frozen: major << 32 | minor.
+        33 => FROZEN_DEVICE,
+        /// Mount id by which it was frozen.
+        34 => FROZEN_MOUNT,
+        /// Process id of the guard that will thaw it.
+        35 => FROZEN_GUARD,
+        /// One of two places for the newest sample of the evidence (P14), see `WatchSample`.
+        64 => SAMPLE_0,
+        /// The other.
+        96 => SAMPLE_1,
+    }
+}
+
+words! {
+    /// A sample of the evidence that every write was marked (P14), and what is believed since.
+    pub mod sample, "WatchSample": 32 {
+        /// Number of the sample; the higher one of two that check is the newest.
+        0 => SEQUENCE,
+        /// Boot id, first half.
+        1 => BOOT_ID_0,
+        /// Boot id, second half.
+        2 => BOOT_ID_1,
+        /// Ids of the programs: the first, and the second << 32; 0 where there is none.
+        3 => PROGRAMS_01,
+        /// The third program's, and the number of devices stacked on the volume << 32.
+        4 => PROGRAM_2,
+        /// Ids of their links, likewise.
+        5 => LINKS_01,
+        /// The third link's, and << 32: 1 if the disk keeps its statistics.
+        6 => LINK_2,
+        /// Runs of the programs that the kernel skipped, all together.
+        7 => MISSES,
+        /// Marks given up after too many turns.
+        8 => LOST,
+        /// Commands seen that may write and name no range.
+        9 => PASSTHROUGH,
+        /// Events seen.
+        10 => EVENTS,
+        /// Number of the newest swap.
+        11 => GENERATION,
+        /// Sectors written that we counted.
+        12 => OWN_WRITTEN,
+        /// Sectors discarded that we counted.
+        13 => OWN_DISCARDED,
+        /// Sectors written that the kernel counted.
+        14 => KERNEL_WRITTEN,
+        /// Sectors discarded that the kernel counted.
+        15 => KERNEL_DISCARDED,
+        /// What the kernel had counted more than we when we began: sectors written.
+        16 => BASE_WRITTEN,
+        /// The same: sectors discarded.
+        17 => BASE_DISCARDED,
+        /// Sectors of the volume.
+        18 => SECTORS,
+        /// First sector of the volume on its disk.
+        19 => START_SECTOR,
+        /// The whole disk: major << 32 | minor.
+        20 => DEVICE,
+        /// 1: a generation was closed since all writes were last known to be counted.
+        24 => OPEN_QUESTION,
+        /// Number of the check that failed; 0: none did.
+        25 => DOUBT,
+        /// Sum over all words before it, see `table_sum`.
+        31 => SUM,
+    }
+}
+
 /// Where the FUSE header of a request begins in its slot, bytes: the payload of a write then begins on the next page.
 pub const SLOT_HEADER_OFFSET: usize = 4096 - 80;
 /// Where the payload begins in a slot, bytes.
@@ -522,6 +623,10 @@ pub enum SharedError {
         index: usize,
     },
 }
+
+mod watched;
+
+pub use watched::WatchShape;
 
 fn words_of(bits: u64) -> usize {
     count(bits.div_ceil(64))

@@ -71,3 +71,69 @@ fn another_version_is_refused_by_name() {
         })
     );
 }
+
+fn watched() -> WatchShape {
+    WatchShape {
+        volume: blktide_types::id::VolumeId(std::array::from_fn(|i| u8::try_from(i).unwrap())),
+        grain: BlockSize::IMAGE_MIN,
+        device: 259 << 32 | 5,
+        start_sector: 2048,
+        sectors: (1 << 21) + 7,
+        bio_based: true,
+    }
+}
+
+fn watch_head(shape: &WatchShape) -> Vec<u64> {
+    let mut words = vec![0; watch::WORDS];
+    for (index, value) in shape.head() {
+        words[index] = value;
+    }
+    words
+}
+
+/// The golden file was made by `golden/watch_head.py`, which shares no line with this crate.
+#[test]
+fn the_watch_head_is_the_golden_one() {
+    let golden = include_bytes!("../../golden/v1/watch_head.bin");
+    let words: Vec<u64> = golden
+        .chunks_exact(8)
+        .map(|w| u64::from_le_bytes(w.try_into().unwrap()))
+        .collect();
+    assert_eq!(words, watch_head(&watched()));
+    assert_eq!(WatchShape::of_head(|i| words[i]), Ok(watched()));
+}
+
+/// trap TA9: no size overflows, and each sector has its bit.
+#[test]
+fn watch_bitmaps_hold_every_sector() {
+    for shift in 9..=20 {
+        for sectors in [1, 7, 8, 4095, 4096, 1 << 33, (1 << 53) - 1, 1 << 53] {
+            let shape = WatchShape {
+                grain: BlockSize::from_shift(shift).unwrap(),
+                sectors,
+                ..watched()
+            };
+            let last = (sectors - 1) >> (shift - 9);
+            assert_eq!(shape.bit_words() as u64, last / 64 + 1, "{shift} {sectors}");
+            assert!(shape.bitmap_words() - shape.bit_words() < PAGE_WORDS);
+            assert_eq!(shape.bitmap(4), 512);
+            assert_eq!(shape.bitmap(7), 512 + shape.bitmap_words());
+            assert_eq!(shape.words(), 512 + 2 * shape.bitmap_words());
+            let words = watch_head(&shape);
+            assert_eq!(WatchShape::of_head(|i| words[i]), Ok(shape));
+        }
+    }
+}
+
+#[test]
+fn every_flipped_bit_of_a_watch_head_is_another_shape_or_refused() {
+    let words = watch_head(&watched());
+    for (index, _) in watched().head().into_iter().chain([(watch::INCOMPAT, 0)]) {
+        for bit in 0..64 {
+            let mut broken = words.clone();
+            broken[index] ^= 1 << bit;
+            let found = WatchShape::of_head(|i| broken[i]);
+            assert_ne!(found, Ok(watched()), "{index}.{bit}");
+        }
+    }
+}
