@@ -229,6 +229,18 @@ impl<'a> Watched<'a> {
         }
     }
 
+    fn raw(self) -> libc::pollfd {
+        libc::pollfd {
+            fd: self.fd.as_raw_fd(),
+            events: if self.for_writing {
+                libc::POLLOUT
+            } else {
+                libc::POLLIN
+            },
+            revents: 0,
+        }
+    }
+
     /// Whether there is anything to do about it.
     pub fn is_ready(&self) -> bool {
         self.readiness != Readiness::Waiting
@@ -239,18 +251,25 @@ impl<'a> Watched<'a> {
 ///
 /// Returns early with 0 when a signal arrives.
 pub fn poll(watched: &mut [Watched<'_>], limit: Option<Duration>) -> io::Result<usize> {
-    let mut raw: Vec<libc::pollfd> = watched
-        .iter()
-        .map(|w| libc::pollfd {
-            fd: w.fd.as_raw_fd(),
-            events: if w.for_writing {
-                libc::POLLOUT
-            } else {
-                libc::POLLIN
-            },
-            revents: 0,
-        })
-        .collect();
+    let mut raw: Vec<libc::pollfd> = watched.iter().copied().map(Watched::raw).collect();
+    poll_raw(&mut raw, watched, limit)
+}
+
+/// The same, without taking any memory: for where the file system may be frozen that memory would have to be won from.
+pub fn poll_few<const N: usize>(
+    watched: &mut [Watched<'_>; N],
+    limit: Option<Duration>,
+) -> io::Result<usize> {
+    let mut raw = watched.map(Watched::raw);
+    poll_raw(&mut raw, watched, limit)
+}
+
+/// `raw` has an entry for each of `watched`.
+fn poll_raw(
+    raw: &mut [libc::pollfd],
+    watched: &mut [Watched<'_>],
+    limit: Option<Duration>,
+) -> io::Result<usize> {
     let millis = limit.map_or(-1, |l| {
         let rounded = l.as_nanos().div_ceil(1_000_000);
         i32::try_from(rounded).unwrap_or(i32::MAX)
@@ -262,7 +281,7 @@ pub fn poll(watched: &mut [Watched<'_>], limit: Option<Duration>) -> io::Result<
         Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(0),
         other => other?,
     };
-    for (to, from) in watched.iter_mut().zip(&raw) {
+    for (to, from) in watched.iter_mut().zip(raw) {
         to.readiness = if from.revents == 0 {
             Readiness::Waiting
         } else if from.revents & libc::POLLNVAL != 0 {
@@ -279,12 +298,12 @@ pub fn poll(watched: &mut [Watched<'_>], limit: Option<Duration>) -> io::Result<
 /// Waits until `fd` can be read, or `limit` is over; true if it can.
 pub fn wait_readable(fd: &impl AsFd, limit: Option<Duration>) -> io::Result<bool> {
     let mut one = [Watched::readable(fd)];
-    Ok(retry(|| poll(&mut one, limit))? > 0)
+    Ok(retry(|| poll_few(&mut one, limit))? > 0)
 }
 
 /// Lets `time` go by. For what the kernel announces by no event (a loop device that is being released).
 pub fn pause(time: Duration) -> io::Result<()> {
-    poll(&mut [], Some(time)).map(|_| ())
+    poll_few(&mut [], Some(time)).map(|_| ())
 }
 
 #[cfg(test)]

@@ -7,8 +7,8 @@ use crate::error::{SysError, retry};
 use nix::cmsg_space;
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
-    UnixAddr, accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, setsockopt, socket,
-    socketpair, sockopt,
+    UnixAddr, accept4, bind, connect, getsockopt, listen, recv, recvmsg, sendmsg, setsockopt,
+    socket, socketpair, sockopt,
 };
 use nix::sys::time::TimeVal;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -144,7 +144,7 @@ impl PacketSocket {
         Self(fd)
     }
 
-    /// Sends one message, whole or not at all.
+    /// Sends one message, whole or not at all. Without descriptors it takes no memory.
     ///
     /// `WouldBlock` if the time limit is over or the socket is non-blocking and full; `BrokenPipe` if the other side is gone.
     pub fn send(&self, message: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
@@ -202,6 +202,18 @@ impl PacketSocket {
             bytes: received.bytes,
             descriptors,
         })
+    }
+
+    /// Receives one message that carries no descriptors, without taking any memory; 0 bytes: the other side has closed.
+    ///
+    /// A message longer than the buffer is an error (`InvalidData`) and is gone; descriptors that come with it are closed.
+    pub fn receive_bytes(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let raw = self.0.as_raw_fd();
+        let bytes = retry(|| Ok(recv(raw, buffer, MsgFlags::MSG_TRUNC)?))?;
+        if bytes > buffer.len() {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Ok(bytes)
     }
 
     /// Time limits of `send` and `receive`; `None`: wait for ever.
@@ -300,6 +312,23 @@ mod tests {
             b.receive(&mut [0; 10]).unwrap_err().kind(),
             io::ErrorKind::InvalidData
         );
+    }
+
+    #[test]
+    fn bytes_alone() {
+        let (a, b) = PacketSocket::pair().unwrap();
+        let memory = Memfd::create("blktide-test", 4096).unwrap();
+        a.send(b"tide", &[memory.as_fd()]).unwrap();
+        a.send(b"too long", &[]).unwrap();
+        a.send(b"x", &[]).unwrap();
+        let mut buffer = [0; 4];
+        assert_eq!(b.receive_bytes(&mut buffer).unwrap(), 4);
+        assert_eq!(&buffer, b"tide");
+        let cut = b.receive_bytes(&mut buffer).unwrap_err();
+        assert_eq!(cut.kind(), io::ErrorKind::InvalidData);
+        assert_eq!(b.receive_bytes(&mut buffer).unwrap(), 1);
+        drop(a);
+        assert_eq!(b.receive_bytes(&mut buffer).unwrap(), 0);
     }
 
     #[test]
