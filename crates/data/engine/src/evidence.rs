@@ -7,13 +7,19 @@
 //! nor mount count. **Strong** means that a mount which writes moves something in it: ext4 and XFS with an internal
 //! log, cleanly unmounted. All else is **weak**. No evidence sees a write past the file system (`dd`, `debugfs`).
 //!
+//! And evidence against a mark that was missed where the kernel marks (P14): [`Vector`] and [`Belief`].
+//!
 //! **Invariant**: what cannot be read, or not be understood, is never taken for unchanged.
 
+mod belief;
 mod ext4;
 mod reader;
+mod vector;
 mod xfs;
 
+pub use belief::{Belief, Occasion, Verdict};
 pub use reader::ReadAt;
+pub use vector::{Check, Proof, Sectors, Vector, compare as compare_vectors};
 
 use blktide_format::bitmap_file::EvidenceBlock;
 use blktide_types::id::Digest;
