@@ -20,6 +20,10 @@ const MAY: &[(&str, &[&str])] = &[
         "volume",
         &["types", "format", "sys", "engine", "device", "frontend"],
     ),
+    (
+        "watch",
+        &["types", "format", "sys", "engine", "device", "volume"],
+    ),
     ("repo", &["types", "format", "sys"]),
     ("image", &["types", "format", "sys", "repo"]),
     ("job", &["types", "format", "sys", "repo", "image"]),
@@ -34,6 +38,7 @@ const ONLY: &[(&str, &[&str])] = &[
     ("nix", &["blktide-sys"]),
     ("io-uring", &["blktide-sys"]),
     ("loom", &["blktide-engine"]),
+    ("aya", &["blktide-watch"]),
     // blktide-job: its bench compares with the plain pipeline.
     ("zstd", &["blktide-image", "blktide-job"]),
     ("clap", PROGRAM),

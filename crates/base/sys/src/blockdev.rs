@@ -276,7 +276,7 @@ impl BlockDevice {
     /// Processes that have this device open, with why: seen in /proc/*/fd, so only what root may see.
     pub fn openers(&self) -> Vec<Opener> {
         let a_node = |to: &Path| to.starts_with("/dev");
-        let is_it = |found: &std::fs::Metadata| {
+        let is_it = |_: &Path, found: &std::fs::Metadata| {
             found.file_type().is_block_device()
                 && DeviceNumber::from_raw(found.rdev()) == self.number
         };
@@ -380,13 +380,37 @@ pub fn openers_of(path: &Path) -> Result<Vec<Opener>> {
     }
     let id = (wanted.dev(), wanted.ino());
     let same_name = |to: &Path| to.file_name() == path.file_name();
-    Ok(openers(same_name, |found| (found.dev(), found.ino()) == id))
+    Ok(openers(same_name, |_, found| {
+        (found.dev(), found.ino()) == id
+    }))
+}
+
+/// Those that can write to it by what they have open. What the kernel itself has open (a loop device) is not told.
+pub fn writers_of(path: &Path) -> Result<Vec<Opener>> {
+    let wanted = std::fs::metadata(path).map_err(|e| SysError::call("stat", path, e))?;
+    let id = (wanted.dev(), wanted.ino());
+    let same_name = |to: &Path| to.file_name() == path.file_name();
+    Ok(openers(same_name, |fd, found| {
+        (found.dev(), found.ino()) == id && is_for_writing(fd)
+    }))
+}
+
+/// Whether a descriptor, named below `/proc/PID/fd`, can be written to; in doubt it can.
+fn is_for_writing(fd: &Path) -> bool {
+    let place = fd.parent().and_then(Path::parent).zip(fd.file_name());
+    let facts = place.map(|(process, number)| process.join("fdinfo").join(number));
+    let text = facts.and_then(|path| std::fs::read_to_string(path).ok());
+    let flags = text.as_deref().and_then(|text| {
+        let line = text.lines().find_map(|l| l.strip_prefix("flags:"))?;
+        u32::from_str_radix(line.trim(), 8).ok()
+    });
+    flags.is_none_or(|flags| flags & 3 != 0)
 }
 
 /// Only descriptors whose `name` may be right are asked: stat(2) on a file of a hung file system never returns.
 fn openers(
     name: impl Fn(&Path) -> bool,
-    is_it: impl Fn(&std::fs::Metadata) -> bool,
+    is_it: impl Fn(&Path, &std::fs::Metadata) -> bool,
 ) -> Vec<Opener> {
     let mut found = Vec::new();
     for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -403,7 +427,7 @@ fn openers(
             .flatten();
         let has = open
             .filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| name(&to)))
-            .any(|fd| std::fs::metadata(fd.path()).is_ok_and(|m| is_it(&m)));
+            .any(|fd| std::fs::metadata(fd.path()).is_ok_and(|m| is_it(&fd.path(), &m)));
         if has {
             let name = read_trimmed(&process.path().join("comm")).unwrap_or_default();
             found.push(Opener { pid, name });
@@ -500,7 +524,12 @@ mod tests {
         let file = std::fs::File::create(&path).unwrap();
         let me = crate::process::own_pid();
         assert!(openers_of(&path).unwrap().iter().any(|o| o.pid == me));
+        assert!(writers_of(&path).unwrap().iter().any(|o| o.pid == me));
         drop(file);
+        let reader = std::fs::File::open(&path).unwrap();
+        assert!(openers_of(&path).unwrap().iter().any(|o| o.pid == me));
+        assert!(writers_of(&path).unwrap().is_empty(), "only for reading");
+        drop(reader);
         assert!(openers_of(&path).unwrap().is_empty());
         std::fs::remove_file(&path).unwrap();
     }

@@ -118,10 +118,9 @@ pub fn open(
     say: &dyn Fn(&str),
 ) -> Result<Life, VolumeError> {
     let folder = options.state_folder();
-    fs::create_folders(&folder, 0o700).map_err(|e| failed("make the folder", &folder, e))?;
     let random = SystemRandom::new();
     let life = Life {
-        volume: volume_id(&folder, &random)?,
+        volume: volume_id(options)?,
         life: LifeId(random.id()),
     };
     life.store(engine);
@@ -237,10 +236,12 @@ fn identity(options: &VolumeOptions, engine: &Engine, life: Life) -> Result<Iden
     })
 }
 
-/// The volume's id: drawn at its first attach.
-fn volume_id(folder: &Path, random: &SystemRandom) -> Result<VolumeId, VolumeError> {
+/// The volume's id: drawn at its first attach. Makes the state folder if need be.
+pub fn volume_id(options: &VolumeOptions) -> Result<VolumeId, VolumeError> {
+    let folder = options.state_folder();
+    fs::create_folders(&folder, 0o700).map_err(|e| failed("make the folder", &folder, e))?;
     let path = folder.join("volume-id");
-    let fresh = format!("{}\n", VolumeId(random.id()));
+    let fresh = format!("{}\n", VolumeId(SystemRandom::new().id()));
     // Whichever is there afterwards counts.
     fs::create_if_absent(&path, fresh.as_bytes(), 0o600).map_err(|e| failed("make", &path, e))?;
     let text = std::fs::read_to_string(&path).map_err(|source| VolumeError::Io {

@@ -128,6 +128,8 @@ pub enum Refusal {
     Detaching,
     /// A living keeper has the volume.
     KeeperAlive,
+    /// Mode watch cannot see everything that is written to this device.
+    Unwatchable,
     /// The kernel refused.
     Failed,
 }

@@ -65,6 +65,11 @@ impl Belief {
         })
     }
 
+    /// Takes the place of `earlier`, which was stored: from its next [`Self::save`] on this is the newer one.
+    pub const fn replace(&mut self, earlier: &Self) {
+        self.sequence = earlier.sequence;
+    }
+
     /// The newest sample that was believed.
     pub const fn last(&self) -> &Vector {
         &self.last

@@ -1,0 +1,527 @@
+//! A consistent image of a volume that nothing preserves originals of: copied ahead, then frozen for the last blocks.
+//!
+//! ```text
+//! begin ─▶ swap, drain ─▶ [copy ─▶ swap, drain] … ─▶ sync, swap, drain ─▶ copy
+//!                              └ until what is left fits the budget          │
+//!   freeze ─▶ swap, drain ─▶ evidence ─▶ last blocks into memory ─▶ next generation opens ─▶ thaw ─▶ stored
+//!      └ too much is left: thaw, and copy once more
+//! ```
+//! **Invariant** (P14): the generation that opens inside the freeze is the image's. An early copy of a block counts only if the
+//! block was marked in no kernel generation opened since that copy began: a block that is drained is copied again, and one
+//! that is drained in the freeze is copied in it.
+//!
+//! Everything that was drained is in the tracker's open generation, whether an image comes of it or not: who dies here, or gives
+//! up, has lost nothing.
+
+use blktide_engine::PreparedGeneration;
+use blktide_engine::evidence::Occasion;
+use blktide_format::manifest::Consistency;
+use blktide_sys::clock::SystemClock;
+use blktide_sys::fs;
+use blktide_types::clock::{Clock, WallTime};
+use blktide_types::geometry::Geometry;
+use blktide_types::id::GenerationName;
+use blktide_types::io::{BlockOutcome, BlockRead, RevokeCause, SnapshotRead, SourceError};
+use blktide_types::range::BlockRange;
+use blktide_types::set::BlockSet;
+use blktide_volume::error::Refusal;
+use blktide_volume::message::Distrust;
+use blktide_volume::{VolumeError, VolumeOptions};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::copy::{Last, Reader};
+use crate::quiet::{Quiet, Standing};
+use crate::target::Target;
+use crate::tracker::{Watched, engine_error, io_at, refused};
+
+/// Bytes that are read in a freeze at most: they wait in memory.
+const LAST_BYTES_MAX: u64 = 256 << 20;
+/// What a freeze costs beside the copying, as far as it is known before: the file system's own flush.
+const FREEZE_CALL: Duration = Duration::from_millis(20);
+/// A round that reads less says nothing of the device's speed.
+const TELLING_BYTES: u64 = 4 << 20;
+
+/// How long a volume may stand still for a backup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FreezeLimits {
+    /// What a freeze is to last at most, as far as it can be foreseen.
+    pub budget: Duration,
+    /// Then it is thawed whatever happens: the guard's dead man's limit.
+    pub limit: Duration,
+    /// What if what is left does not fit the budget.
+    pub over: OverBudget,
+    /// Rounds of copying before it is said that it never will.
+    pub rounds: u32,
+}
+
+impl Default for FreezeLimits {
+    fn default() -> Self {
+        Self {
+            budget: Duration::from_millis(100),
+            limit: Duration::from_secs(5),
+            over: OverBudget::GiveUp,
+            rounds: 30,
+        }
+    }
+}
+
+/// What happens if what is left does not fit the budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OverBudget {
+    /// The backup ends; nothing is lost.
+    GiveUp,
+    /// It is frozen for longer, up to the limit.
+    Longer,
+}
+
+/// What a backup of a watched volume asks for.
+#[derive(Clone, Debug)]
+pub struct AheadRequest {
+    /// The generation that opened at the base image's instant.
+    pub base: Option<GenerationName>,
+    /// What the base has no content of.
+    pub absent: Option<BlockSet>,
+    /// How long the volume may stand still.
+    pub limits: FreezeLimits,
+}
+
+/// What comes after a round.
+#[derive(Debug)]
+pub enum Next {
+    /// These are to be copied (again); then ask once more.
+    Copy(BlockSet),
+    /// The instant has been.
+    Instant(Arc<InstantImage>),
+}
+
+/// A volume that is being copied ahead. It is its volume's control side until it is dropped.
+#[derive(Debug)]
+pub struct Ahead {
+    options: VolumeOptions,
+    reader: Arc<Reader>,
+    limits: FreezeLimits,
+    base: Option<GenerationName>,
+    resolved: bool,
+    distrust: Option<Distrust>,
+    bio_based: bool,
+    first: BlockSet,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug)]
+struct State {
+    watched: Watched,
+    target: Target,
+    wanted: BlockSet,
+    changed: Option<BlockSet>,
+    round: u32,
+    /// How it will be made to stand still, once the next round is to be the last: guards keep a file system from being unmounted,
+    /// and must not do so for the hours of a first copy.
+    quiet: Option<Quiet>,
+    /// Bytes a second, as the last telling round had them.
+    speed: Option<u64>,
+    longest: Duration,
+}
+
+impl Ahead {
+    /// Begins. Waits: for the volume's lock; for a pass over the bitmaps; a short freeze if the device has no requests.
+    ///
+    /// Errors: `NotAttached`, `Refused` with `busy`; `Refused` with `unwatchable` where no image could be believed.
+    pub fn begin(
+        options: &VolumeOptions,
+        request: &AheadRequest,
+        limit: Duration,
+    ) -> Result<Self, VolumeError> {
+        let mut watched = Watched::open(options, limit)?;
+        let target = Target::of(&options.device)?;
+        let device =
+            fs::open_direct_read(&options.device).map_err(io_at("open", &options.device))?;
+        let geometry = watched.geometry();
+        let mut longest = Duration::ZERO;
+        swap(
+            &mut watched,
+            (&request.limits, target.bio_based),
+            &mut longest,
+        )?;
+        watched.look_at_evidence(&target);
+        let distrust = watched.distrusted();
+        let resolved =
+            distrust.is_none() && request.base.is_some_and(|b| watched.control.resolves(b));
+        let changed = match request.base {
+            Some(base) if resolved => {
+                Some(watched.control.changed_since(base).map_err(engine_error)?)
+            }
+            Some(_) | None => None,
+        };
+        let mut first = match &changed {
+            Some(changed) => changed.clone(),
+            None => BlockSet::full(geometry.block_count()),
+        };
+        if let Some(absent) = &request.absent {
+            first.union_with(absent);
+        }
+        Ok(Self {
+            reader: Arc::new(Reader { device, geometry }),
+            options: options.clone(),
+            limits: request.limits,
+            base: request.base,
+            resolved,
+            distrust,
+            bio_based: target.bio_based,
+            state: Arc::new(Mutex::new(State {
+                watched,
+                target,
+                wanted: first.clone(),
+                changed,
+                round: 0,
+                quiet: None,
+                speed: None,
+                longest,
+            })),
+            first,
+        })
+    }
+
+    /// The volume's shape.
+    pub fn geometry(&self) -> Geometry {
+        self.reader.geometry
+    }
+
+    /// Whether what changed since the base is known, and believed.
+    pub const fn resolved(&self) -> bool {
+        self.resolved
+    }
+
+    /// Why nothing is believed, if so.
+    pub const fn distrust(&self) -> Option<&Distrust> {
+        self.distrust.as_ref()
+    }
+
+    /// The blocks of the first round.
+    pub const fn first(&self) -> &BlockSet {
+        &self.first
+    }
+
+    /// Reads blocks as they are now.
+    pub fn read_now(
+        &self,
+        range: BlockRange,
+        buf: &mut [u8],
+    ) -> Result<Vec<BlockOutcome>, SourceError> {
+        self.reader.read(range, buf)
+    }
+
+    /// The longest that the volume stood still so far.
+    pub fn longest_freeze(&self) -> Duration {
+        self.lock().longest
+    }
+
+    /// Ends a round in which `bytes` were read in `time`.
+    ///
+    /// Errors: `Revoked` with `distrusted` if something was seen that makes every copy doubtful; `Io`. Nothing is lost by it.
+    pub fn next(&self, bytes: u64, time: Duration) -> Result<Next, SourceError> {
+        let mut state = self.lock();
+        let state = &mut *state;
+        state.round = state.round.saturating_add(1);
+        if bytes >= TELLING_BYTES || state.speed.is_none() {
+            state.speed = Some(per_second(bytes.max(1), time));
+        }
+        if let Some(mut quiet) = state.quiet.take() {
+            return self.instant(state, &mut quiet);
+        }
+        let mut dirty = self.drain(state)?;
+        if !self.fits(state, &dirty) && state.round < self.limits.rounds {
+            return Ok(Next::Copy(dirty));
+        }
+        if !self.fits(state, &dirty) && self.limits.over == OverBudget::GiveUp {
+            return Err(SourceError::Io(self.too_much(&dirty)));
+        }
+        let quiet = Quiet::of(&self.options).map_err(source)?;
+        // A buffered writer's dirty pages are seconds of work: better now than in the freeze.
+        quiet.sync();
+        dirty.union_with(&self.drain(state)?);
+        state.quiet = Some(quiet);
+        Ok(Next::Copy(dirty))
+    }
+
+    /// Swaps, and takes what is dirty.
+    fn drain(&self, state: &mut State) -> Result<BlockSet, SourceError> {
+        let limits = (&self.limits, self.bio_based);
+        let dirty = swap(&mut state.watched, limits, &mut state.longest).map_err(source)?;
+        state.add(&dirty);
+        Ok(dirty)
+    }
+
+    /// Whether so much can be read within the budget, with room for the freeze itself.
+    fn fits(&self, state: &State, dirty: &BlockSet) -> bool {
+        let bytes = self.bytes_of(dirty);
+        let speed = state.speed.unwrap_or(1).max(1);
+        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(speed);
+        let needed = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        bytes <= LAST_BYTES_MAX && needed <= self.limits.budget.saturating_sub(FREEZE_CALL)
+    }
+
+    fn bytes_of(&self, set: &BlockSet) -> u64 {
+        set.runs()
+            .map(|run| self.reader.geometry.bytes_of(run).1)
+            .sum()
+    }
+
+    fn too_much(&self, dirty: &BlockSet) -> io::Error {
+        let rounds = self.limits.rounds;
+        let left = self.bytes_of(dirty) >> 20;
+        io::Error::other(format!(
+            "after {rounds} rounds of copying {left} MiB are still being changed: they do not fit a freeze of {} ms. \
+             Say over_budget = \"longer\" or a smaller block_size in the volume's file, take a native snapshot (LVM), or mode ublk or fuse",
+            self.limits.budget.as_millis()
+        ))
+    }
+
+    /// The freeze. Nothing is logged, opened or written to a file system of anybody's between its begin and its end.
+    fn instant(&self, state: &mut State, quiet: &mut Quiet) -> Result<Next, SourceError> {
+        let clock = SystemClock;
+        let (opens, at) = (state.watched.fresh(), clock.wall());
+        let prepared = state
+            .watched
+            .control
+            .prepare_generation(opens, at, self.base)
+            .map_err(|e| source(engine_error(e)))?;
+        let block = self.reader.geometry.block_size().bytes_u64();
+        let room = self.room_in_blocks(state, block);
+        let memory = Last::memory_for(&self.reader.geometry, room);
+        let began = clock.now();
+        let standing = quiet
+            .begin(&self.options, self.limits.limit)
+            .map_err(source)?;
+        let frozen = self.take_last(state, &standing, (room, memory), &prepared);
+        let wall = clock.wall();
+        let (longest, whole) = standing.end();
+        state.longest = state.longest.max(longest);
+        let taken = frozen?;
+        let Taken::All(last, set) = taken else {
+            let Taken::TooMuch(dirty) = taken else {
+                return Err(SourceError::Revoked(RevokeCause::Distrusted));
+            };
+            let gives_up = state.round >= self.limits.rounds;
+            return if gives_up {
+                Err(SourceError::Io(self.too_much(&dirty)))
+            } else {
+                Ok(Next::Copy(dirty))
+            };
+        };
+        if !whole {
+            // Thawed by the guard's limit, or by somebody else: the last blocks are of no one moment.
+            if state.round >= self.limits.rounds || clock.now().since(began) >= self.limits.limit {
+                let why = "the freeze ended before the last blocks were read: somebody thawed it, or it took longer than freeze_limit";
+                return Err(SourceError::Io(io::Error::other(why)));
+            }
+            return Ok(Next::Copy(set));
+        }
+        state.watched.control.settle();
+        Ok(Next::Instant(Arc::new(InstantImage {
+            reader: Arc::clone(&self.reader),
+            state: Arc::clone(&self.state),
+            wanted: state.wanted.clone(),
+            changed: state.changed.clone(),
+            opened: opens,
+            instant: wall,
+            consistency: quiet.consistency(),
+            longest_freeze: state.longest,
+            last_blocks: set,
+            last,
+        })))
+    }
+
+    /// Blocks that there is to be room for in a freeze: what the budget allows, whatever the policy allows beyond.
+    fn room_in_blocks(&self, state: &State, block: u64) -> u64 {
+        let speed = u128::from(state.speed.unwrap_or(1));
+        let time = match self.limits.over {
+            OverBudget::GiveUp => self.limits.budget,
+            OverBudget::Longer => self.limits.limit / 2,
+        };
+        let bytes = u64::try_from(speed * time.as_millis() / 1000).unwrap_or(LAST_BYTES_MAX);
+        (bytes.clamp(8 << 20, LAST_BYTES_MAX) / block)
+            .max(1)
+            .min(self.reader.geometry.block_count().0)
+    }
+
+    fn take_last(
+        &self,
+        state: &mut State,
+        standing: &Standing<'_>,
+        (room, memory): (u64, blktide_sys::buffer::AlignedBuffer),
+        prepared: &PreparedGeneration,
+    ) -> Result<Taken, SourceError> {
+        let dirty = state.watched.drain();
+        state.add(&dirty);
+        let occasion = (standing.is_quiet(), Occasion::Closing);
+        if !state.watched.check(&state.target, occasion) {
+            return Ok(Taken::Doubtful);
+        }
+        if dirty.count().0 > room {
+            return Ok(Taken::TooMuch(dirty));
+        }
+        let Some(last) = Last::read(&self.reader, &dirty, memory)? else {
+            return Ok(Taken::TooMuch(dirty));
+        };
+        state
+            .watched
+            .control
+            .open_prepared(prepared)
+            .map_err(|e| source(engine_error(e)))?;
+        Ok(Taken::All(last, dirty))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a freeze has brought.
+enum Taken {
+    /// All that was left.
+    All(Last, BlockSet),
+    /// More was left than there was room or time for.
+    TooMuch(BlockSet),
+    /// The evidence says that something was written unseen.
+    Doubtful,
+}
+
+impl State {
+    /// What was drained is wanted, and has changed.
+    fn add(&mut self, dirty: &BlockSet) {
+        self.wanted.union_with(dirty);
+        if let Some(changed) = &mut self.changed {
+            changed.union_with(dirty);
+        }
+    }
+}
+
+/// Swaps and drains; inside a freeze if the device tells nobody when a write is done.
+fn swap(
+    watched: &mut Watched,
+    (limits, bio_based): (&FreezeLimits, bool),
+    longest: &mut Duration,
+) -> Result<BlockSet, VolumeError> {
+    if !bio_based {
+        return Ok(watched.drain());
+    }
+    let options = watched.options.clone();
+    let mut quiet = Quiet::of(&options)?;
+    if matches!(quiet, Quiet::Impossible) {
+        let message = format!(
+            "{} is in use without a file system that could be frozen, and its driver tells nobody when a write is done: no moment of it can be had",
+            options.device.display()
+        );
+        return Err(refused(Refusal::Unwatchable, message));
+    }
+    quiet.sync();
+    let standing = quiet.begin(&options, limits.limit)?;
+    let dirty = watched.drain();
+    let (time, whole) = standing.end();
+    *longest = (*longest).max(time);
+    if whole {
+        return Ok(dirty);
+    }
+    let message = format!("{} was thawed by somebody else", options.device.display());
+    Err(refused(Refusal::Busy, message))
+}
+
+fn per_second(bytes: u64, time: Duration) -> u64 {
+    let nanos = time.as_nanos().max(1);
+    u64::try_from(u128::from(bytes) * 1_000_000_000 / nanos).unwrap_or(u64::MAX)
+}
+
+fn source(error: VolumeError) -> SourceError {
+    SourceError::Io(io::Error::other(error))
+}
+
+/// The image's instant: what is wanted of it, and the blocks that were read in it.
+#[derive(Debug)]
+pub struct InstantImage {
+    reader: Arc<Reader>,
+    /// The volume's control side, for as long as the image is being stored.
+    state: Arc<Mutex<State>>,
+    wanted: BlockSet,
+    changed: Option<BlockSet>,
+    opened: GenerationName,
+    instant: WallTime,
+    consistency: Consistency,
+    longest_freeze: Duration,
+    last_blocks: BlockSet,
+    last: Last,
+}
+
+impl InstantImage {
+    /// The generation that opened at the instant.
+    pub const fn opened(&self) -> GenerationName {
+        self.opened
+    }
+
+    /// When it was.
+    pub const fn instant(&self) -> WallTime {
+        self.instant
+    }
+
+    /// How quiet the volume was.
+    pub const fn consistency(&self) -> Consistency {
+        self.consistency
+    }
+
+    /// The longest that the volume stood still for it.
+    pub const fn longest_freeze(&self) -> Duration {
+        self.longest_freeze
+    }
+
+    /// The blocks whose early copies are void: they are here.
+    pub const fn last_blocks(&self) -> &BlockSet {
+        &self.last_blocks
+    }
+
+    /// A full image was committed: from its instant on the tracker is trusted. False if that has been forgotten.
+    pub fn trust(&self) -> bool {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.watched.trust(self.opened)
+    }
+}
+
+impl BlockRead for InstantImage {
+    fn geometry(&self) -> Geometry {
+        self.reader.geometry
+    }
+
+    /// Only [`Self::last_blocks`]; may be asked again.
+    fn read_blocks(
+        &self,
+        range: BlockRange,
+        buf: &mut [u8],
+    ) -> Result<Vec<BlockOutcome>, SourceError> {
+        let size = self.reader.geometry.block_size().bytes_usize();
+        let whole = usize::try_from(range.count().0)
+            .ok()
+            .and_then(|n| n.checked_mul(size));
+        let copied = (whole == Some(buf.len()))
+            .then(|| self.last.copy(range, size, buf))
+            .flatten();
+        copied.ok_or_else(|| {
+            let why = "blocks that were not read in the freeze";
+            SourceError::Io(io::Error::new(io::ErrorKind::InvalidInput, why))
+        })
+    }
+}
+
+impl SnapshotRead for InstantImage {
+    fn wanted(&self) -> &BlockSet {
+        &self.wanted
+    }
+
+    fn changed(&self) -> Option<&BlockSet> {
+        self.changed.as_ref()
+    }
+
+    fn finish(&self) -> Result<(), SourceError> {
+        Ok(())
+    }
+}

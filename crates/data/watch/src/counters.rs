@@ -1,0 +1,102 @@
+//! What the kernel's side has counted, and what the kernel says of its programs and links.
+
+use aya::maps::{Map, MapData, PerCpuArray};
+use blktide_sys::bpf;
+use blktide_volume::VolumeError;
+use std::io;
+use std::os::fd::AsFd;
+
+use crate::pins::{PROGRAMS, Pins, failed};
+
+/// The `counters` map: a value a CPU, so that CPUs do not wait for each other.
+pub(crate) struct Counters(PerCpuArray<MapData, u64>);
+
+impl std::fmt::Debug for Counters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Counters")
+    }
+}
+
+/// What it has counted since the attach, all CPUs together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counted {
+    /// Marks.
+    pub(crate) events: u64,
+    /// Marks done again because a generation had begun.
+    pub(crate) again: u64,
+    /// Sectors written, as the kernel counts them for this device.
+    pub(crate) written: u64,
+    /// Sectors discarded.
+    pub(crate) discarded: u64,
+    /// Commands of somebody's own (`SG_IO` …) that ask the device for data, and those that give it some.
+    pub(crate) passed: u64,
+    /// Sectors that came by another name of the device (its disk): marked, and not in the kernel's count of a partition.
+    pub(crate) by_another_way: u64,
+}
+
+impl Counters {
+    pub(crate) fn open(pins: &Pins) -> Result<Self, VolumeError> {
+        let path = pins.folder().join("counters");
+        let fail = |e: aya::maps::MapError| failed("open", &path, io::Error::other(e));
+        let map = MapData::from_fd(pins.open("counters")?).map_err(fail)?;
+        PerCpuArray::try_from(Map::PerCpuArray(map))
+            .map(Self)
+            .map_err(fail)
+    }
+
+    /// All of them now. Each is right; they are not of one moment.
+    pub(crate) fn read(&self) -> io::Result<Counted> {
+        let sum = |index: u32| -> io::Result<u64> {
+            let values = self.0.get(&index, 0).map_err(io::Error::other)?;
+            Ok(values.iter().fold(0, |sum: u64, n| sum.wrapping_add(*n)))
+        };
+        Ok(Counted {
+            events: sum(0)?,
+            again: sum(1)?,
+            written: sum(2)?,
+            discarded: sum(3)?,
+            passed: sum(4)?.wrapping_add(sum(5)?),
+            by_another_way: sum(6)?,
+        })
+    }
+}
+
+/// The kernel's numbers of programs and links, and runs that it skipped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Running {
+    /// Ids of the programs; 0: its pin is gone.
+    pub(crate) programs: [u32; 3],
+    /// Ids of the links; 0: its pin is gone.
+    pub(crate) links: [u32; 3],
+    /// Times that a program was not run because its processor was in it already; `None`: the kernel does not say.
+    pub(crate) skipped: Option<u64>,
+}
+
+impl Running {
+    pub(crate) fn of(pins: &Pins) -> Self {
+        let mut running = Self {
+            skipped: Some(0),
+            ..Self::default()
+        };
+        let of = |what: &str, name: &str| -> Option<u64> {
+            let opened = pins.open(what).ok()?;
+            bpf::facts_of(opened.as_fd()).ok()?.number(name)
+        };
+        let id = |number: Option<u64>| number.and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
+        let places = running.programs.iter_mut().zip(running.links.iter_mut());
+        for ((program, link), (name, _)) in places.zip(PROGRAMS) {
+            *program = id(of(name, "prog_id"));
+            let bound = format!("link_{name}");
+            *link = id(of(&bound, "link_id"));
+            // A link that runs another program is no link of ours.
+            if id(of(&bound, "prog_id")) != *program {
+                *link = 0;
+            }
+            running.skipped = running
+                .skipped
+                .zip(of(name, "recursion_misses"))
+                .map(|(sum, n)| sum.saturating_add(n));
+        }
+        running
+    }
+}
