@@ -79,14 +79,17 @@ fn head(writer: &ImageWriter, facts: &ImageFacts, finished: &Finished) -> ImageH
             .base
             .as_ref()
             .map(|b| (b.head().image, b.head().sequence)),
-        state: writer.digests.of_state(&finished.root, &writer.geometry),
+        state: writer
+            .framer
+            .digests()
+            .of_state(&finished.root, writer.framer.geometry()),
         base_state: writer
             .base
             .as_ref()
             .map_or(Digest::NONE, |b| b.head().state),
         generation: facts.generation,
         domain: writer.session.repository().facts().domain,
-        geometry: writer.geometry,
+        geometry: *writer.framer.geometry(),
         kind: facts.kind,
         reason: facts.reason,
         consistency: facts.consistency,

@@ -24,8 +24,51 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub(super) enum New {
     /// Without content.
     Constant(BlockKind),
-    /// In a frame of the same call.
+    /// In one of the frames that come with it.
     Data { digest: Digest, frame: u8, slot: u8 },
+}
+
+/// Blocks of one leaf as they were put.
+#[derive(Debug, Default)]
+pub(super) struct LeafPart {
+    /// Which block of the leaf, and what it is.
+    pub(super) blocks: Vec<(u8, New)>,
+    /// The frames of those with content.
+    pub(super) frames: Vec<Place>,
+}
+
+impl From<New> for LeafBlock {
+    fn from(new: New) -> Self {
+        match new {
+            New::Constant(kind) => Self::Constant(kind),
+            New::Data {
+                digest,
+                frame,
+                slot,
+            } => Self::Data {
+                digest,
+                frame,
+                slot,
+            },
+        }
+    }
+}
+
+impl From<LeafBlock> for New {
+    fn from(block: LeafBlock) -> Self {
+        match block {
+            LeafBlock::Constant(kind) => Self::Constant(kind),
+            LeafBlock::Data {
+                digest,
+                frame,
+                slot,
+            } => Self::Data {
+                digest,
+                frame,
+                slot,
+            },
+        }
+    }
 }
 
 /// How an image's use of a pack differs from its base's.
@@ -170,13 +213,13 @@ impl Tree {
         taken
     }
 
-    /// Records blocks that were taken, and the frames of those with content; writes what is complete by them.
+    /// Records blocks that were taken; writes what is complete by them.
     pub(super) fn record(
         &self,
         session: &Session,
         digests: &Digests,
         leaf: u64,
-        (blocks, frames): (&[(u8, New)], Vec<Place>),
+        part: &LeafPart,
     ) -> Result<(), ImageError> {
         let mut state = self.lock();
         if state.is_failed {
@@ -186,13 +229,13 @@ impl Tree {
             return Err(ImageError::Misuse("a leaf that was not taken"));
         };
         let before = u8::try_from(pending.frames.len()).unwrap_or(u8::MAX);
-        pending.frames.extend(frames);
-        for (n, new) in blocks {
+        pending.frames.extend_from_slice(&part.frames);
+        for (n, new) in &part.blocks {
             pending.recorded |= 1_u64.checked_shl((*n).into()).unwrap_or(0);
             pending.blocks.push((*n, shifted(new, before)));
         }
         let is_full = pending.recorded == (self.wanted)(leaf);
-        let count = u64::try_from(blocks.len()).unwrap_or(u64::MAX);
+        let count = u64::try_from(part.blocks.len()).unwrap_or(u64::MAX);
         state.recorded = state.recorded.saturating_add(count);
         if !is_full {
             return Ok(());
@@ -283,22 +326,10 @@ impl PageWriter<'_> {
         let mut sources: Vec<(LeafBlock, &[Place])> =
             old.iter().map(|b| (*b, old_frames)).collect();
         for (n, new) in &pending.blocks {
-            let block = match *new {
-                New::Constant(kind) => LeafBlock::Constant(kind),
-                New::Data {
-                    digest,
-                    frame,
-                    slot,
-                } => LeafBlock::Data {
-                    digest,
-                    frame,
-                    slot,
-                },
-            };
             let Some(to) = sources.get_mut(usize::from(*n)) else {
                 return Err(ImageError::Misuse("a block past the end"));
             };
-            *to = (block, &pending.frames);
+            *to = ((*new).into(), &pending.frames);
         }
         let leaf = join(range.start().0, self.shift(), &sources)?;
         for (old, new) in old.iter().zip(&leaf.blocks) {
@@ -464,7 +495,7 @@ impl PageWriter<'_> {
 }
 
 /// A leaf of blocks that lie in frames of several lists; frames are numbered in the order of their first block.
-fn join(
+pub(super) fn join(
     first_block: u64,
     block_shift: u8,
     sources: &[(LeafBlock, &[Place])],
