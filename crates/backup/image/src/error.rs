@@ -33,6 +33,14 @@ pub enum ImageError {
         /// How many.
         missing: u64,
     },
+    /// What is remembered of blocks stored early could not be kept or had again.
+    #[error("the spool of early blocks could not be {op}")]
+    Spool {
+        /// What was tried, as a participle: `written`, `read`.
+        op: &'static str,
+        /// Of the system; `InvalidData`: what was read is not what was written.
+        source: io::Error,
+    },
     /// A caller's mistake: the words say which.
     #[error("asked for what cannot be: {0}")]
     Misuse(&'static str),

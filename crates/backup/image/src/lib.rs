@@ -27,4 +27,5 @@ pub use blktide_format::page::BlockKind;
 pub use error::ImageError;
 pub use reader::ImageReader;
 pub use verify::{Damage, Depth, Proof, verify};
+pub use writer::early::{EarlyBlocks, EarlyWriter};
 pub use writer::{Committed, Content, ImageFacts, ImageWriter, Stored, WantedWords};

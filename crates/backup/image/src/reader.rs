@@ -401,6 +401,7 @@ fn base_error(error: ImageError, image: blktide_types::id::ImageId) -> ImageErro
         ImageError::Repository(_)
         | ImageError::Compress(_)
         | ImageError::Incomplete { .. }
+        | ImageError::Spool { .. }
         | ImageError::Misuse(_) => return error,
     };
     RepoError::BaseGone { image, what }.into()

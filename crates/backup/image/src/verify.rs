@@ -321,6 +321,7 @@ fn object_of(error: &(dyn Error + 'static)) -> Option<String> {
             ImageError::Damaged { .. }
             | ImageError::Compress(_)
             | ImageError::Incomplete { .. }
+            | ImageError::Spool { .. }
             | ImageError::Misuse(_),
         )
         | None => error.downcast_ref(),
@@ -341,6 +342,7 @@ fn what_of(error: &ImageError) -> String {
         ImageError::Repository(_)
         | ImageError::Compress(_)
         | ImageError::Incomplete { .. }
+        | ImageError::Spool { .. }
         | ImageError::Misuse(_) => chain(error),
     }
 }

@@ -24,8 +24,10 @@ use frames::{Framer, Sink};
 use std::sync::Arc;
 use tree::{LeafPart, New, Tree};
 
+pub mod early;
 mod frames;
 mod manifest;
+mod spool;
 mod tree;
 mod wanted;
 

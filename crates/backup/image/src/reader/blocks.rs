@@ -238,6 +238,7 @@ fn at_blocks(error: ImageError, frame: &FrameOf) -> ImageError {
         ImageError::Repository(_)
         | ImageError::Compress(_)
         | ImageError::Incomplete { .. }
+        | ImageError::Spool { .. }
         | ImageError::Misuse(_) => error,
     }
 }

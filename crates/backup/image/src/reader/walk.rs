@@ -113,6 +113,7 @@ impl Iterator for Runs<'_> {
                         ImageError::Repository(_)
                         | ImageError::Compress(_)
                         | ImageError::Incomplete { .. }
+                        | ImageError::Spool { .. }
                         | ImageError::Misuse(_) => self.end,
                     };
                     self.next = past.max(self.next.saturating_add(1));

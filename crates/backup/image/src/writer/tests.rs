@@ -14,13 +14,13 @@ use std::sync::Arc;
 
 /// What each block of a volume is: the whole model.
 #[derive(Clone, PartialEq, Eq)]
-struct Truth {
+pub(super) struct Truth {
     geometry: Geometry,
-    blocks: Vec<(BlockKind, Vec<u8>)>,
+    pub(super) blocks: Vec<(BlockKind, Vec<u8>)>,
 }
 
 impl Truth {
-    fn new(geometry: Geometry) -> Self {
+    pub(super) fn new(geometry: Geometry) -> Self {
         let count = usize::try_from(geometry.block_count().0).unwrap();
         Self {
             geometry,
@@ -28,7 +28,7 @@ impl Truth {
         }
     }
 
-    fn set(&mut self, block: BlockIndex, numbers: &mut Numbers) {
+    pub(super) fn set(&mut self, block: BlockIndex, numbers: &mut Numbers) {
         let len = usize::try_from(self.geometry.block_bytes(block)).unwrap();
         let to = &mut self.blocks[usize::try_from(block.0).unwrap()];
         *to = match numbers.below(10) {
@@ -55,7 +55,7 @@ impl Truth {
         };
     }
 
-    fn model(&self, block: BlockIndex) -> Model<'_> {
+    pub(super) fn model(&self, block: BlockIndex) -> Model<'_> {
         let (kind, bytes) = &self.blocks[usize::try_from(block.0).unwrap()];
         match kind {
             BlockKind::Data | BlockKind::Zero => Model::Bytes(bytes),
@@ -66,7 +66,7 @@ impl Truth {
     }
 
     /// Compares all that an image says with the model.
-    fn check(&self, reader: &ImageReader) {
+    pub(super) fn check(&self, reader: &ImageReader) {
         let all = self.geometry.all_blocks();
         let kinds = reader.kinds(all).unwrap();
         let truth: Vec<BlockKind> = self.blocks.iter().map(|(k, _)| *k).collect();
@@ -126,7 +126,7 @@ fn counted(reader: &ImageReader) -> BTreeMap<ObjectId, (u32, u32)> {
     uses
 }
 
-fn check_packs(reader: &ImageReader) {
+pub(super) fn check_packs(reader: &ImageReader) {
     let table: BTreeMap<ObjectId, (u32, u32)> = reader
         .packs()
         .unwrap()
