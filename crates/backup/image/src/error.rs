@@ -36,7 +36,7 @@ pub enum ImageError {
     /// What is remembered of blocks stored early could not be kept or had again.
     #[error("the spool of early blocks could not be {op}")]
     Spool {
-        /// What was tried, as a participle: `written`, `read`.
+        /// What was tried, as a participle: `made`, `written`, `read`.
         op: &'static str,
         /// Of the system; `InvalidData`: what was read is not what was written.
         source: io::Error,

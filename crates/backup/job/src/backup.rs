@@ -5,7 +5,7 @@
 //!      │
 //!   claim (pins the base) ─▶ is the base whole? ─▶ what is absent in it
 //!      │
-//!   snapshot(base's generation, absent) ─▶ kind and reason
+//!   snapshot(base's generation, absent) ─▶ kind and reason      (without copy-on-write: copied before its instant, `ahead`)
 //!      │
 //!   workers: read ─▶ zero test ─▶ digest ─▶ compress ─▶ append, each its own piece, ascending
 //!      │
@@ -15,29 +15,26 @@
 //! **Invariant**: committed means every wanted block was taken before anything was revoked; an incremental's wanted set
 //! holds all that changed since its base and all that the base has no content of.
 
+use crate::ahead::{self, Copied};
 use crate::environment::{Entered, Environment};
 use crate::error::JobError;
-use crate::pieces::{Failure, PIECE_BYTES, Pieces, in_parallel, runs_within};
+use crate::pass::{Pass, Reading};
 use crate::plan::{BaseFacts, Newest, PlanFacts, RepositoryFacts, after_snapshot, before_snapshot};
-use crate::rate::Rate;
 use crate::running::{Control, Running};
-use crate::source::{BeginError, Begun, SnapshotAsk, SnapshotSource, TrackerSays};
+use crate::source::{Begun, CopyAhead, SnapshotAsk, SnapshotSource, TrackerSays, begin_error};
 use blktide_format::manifest::{Counters, ImageHead, ImageKind};
 use blktide_image::writer::WantedWords;
-use blktide_image::{Content, ImageError, ImageFacts, ImageReader, ImageWriter};
+use blktide_image::{ImageError, ImageFacts, ImageReader, ImageWriter};
 use blktide_repo::{ClaimRequest, ImageEntry, RepoError, Repository, Session, StoreError};
-use blktide_sys::buffer::AlignedBuffer;
 use blktide_types::clock::Instant;
 use blktide_types::geometry::Geometry;
 use blktide_types::id::{Digest, GenerationName, ImageId, VolumeId};
-use blktide_types::io::{BlockOutcome, SnapshotRead};
+use blktide_types::io::SnapshotRead;
 use blktide_types::range::BlockRange;
 use blktide_types::reason::Reason;
 use blktide_types::set::BlockSet;
-use blktide_types::unit::BlockIndex;
-use core::sync::atomic::{AtomicU64, Ordering};
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Opens the repository, in the job's own thread: it may hang.
 pub type OpenRepository = Box<dyn FnOnce() -> Result<Repository, RepoError> + Send>;
@@ -214,9 +211,11 @@ struct Attempt<'a> {
 }
 
 /// A snapshot, and what is to be made of it.
-struct Prepared {
+struct Prepared<'a> {
     begun: Begun,
-    geometry: Geometry,
+    reading: Reading<'a>,
+    /// What was copied before the instant, if the volume has no copy-on-write.
+    copied: Option<Copied>,
     base: Option<Arc<ImageReader>>,
     reason: Option<Reason>,
 }
@@ -263,7 +262,7 @@ impl Attempt<'_> {
         if let Some(host) = session.neighbour() {
             facts.repository.newest_host = Some(host);
         }
-        let prepared = match self.prepare(&mut facts, found.newest.as_ref()) {
+        let prepared = match self.prepare(&session, &mut facts, found.newest.as_ref()) {
             Ok(prepared) => prepared,
             Err(error) => {
                 // The claim that stays if this fails is given up by the next backup.
@@ -306,9 +305,10 @@ impl Attempt<'_> {
     /// From the claim to the snapshot: the base is looked at only now that it is pinned.
     fn prepare(
         &self,
+        session: &Session,
         facts: &mut PlanFacts,
         newest: Option<&ImageEntry>,
-    ) -> Result<Prepared, JobError> {
+    ) -> Result<Prepared<'_>, JobError> {
         self.control.check()?;
         let (mut base, mut generation) = (None, None);
         if let (Ok(known), Some(entry)) = (before_snapshot(facts), newest) {
@@ -324,27 +324,67 @@ impl Attempt<'_> {
             base: generation,
             absent: generation.and_then(|_| base.as_ref().map(|(_, absent)| absent.clone())),
         };
-        let begun = self.request.source.begin(&ask).map_err(begin_error)?;
-        let geometry = begun.snapshot.geometry();
-        facts.geometry = geometry;
-        let reason = match before_snapshot(facts) {
-            Err(reason) => Some(reason),
-            Ok(base) => after_snapshot(facts, base, begun.tracker),
+        let source = &self.request.source;
+        let prepared = if let Some(ahead) = source.copy_ahead(&ask).map_err(begin_error)? {
+            self.copy_ahead(&*ahead, session, facts)?
+        } else {
+            let begun = source.begin(&ask).map_err(begin_error)?;
+            let reading = self.reading(begun.snapshot.geometry());
+            facts.geometry = reading.geometry;
+            Prepared {
+                reason: reason(facts, begun.tracker),
+                begun,
+                reading,
+                copied: None,
+                base: None,
+            }
         };
-        let base = base.filter(|_| reason.is_none());
-        check_wanted(&*begun.snapshot, base.as_ref().map(|(_, absent)| absent))?;
+        let base = base.filter(|_| prepared.reason.is_none());
+        let absent = base.as_ref().map(|(_, absent)| absent);
+        check_wanted(&*prepared.begun.snapshot, absent)?;
         Ok(Prepared {
-            begun,
-            geometry,
             base: base.map(|(reader, _)| reader),
-            reason,
+            ..prepared
         })
+    }
+
+    /// Copies until the instant. What is planned before the first round can only become a full image at the instant: the
+    /// tracker may lose its trust, and does not gain it.
+    fn copy_ahead(
+        &self,
+        ahead: &dyn CopyAhead,
+        session: &Session,
+        facts: &mut PlanFacts,
+    ) -> Result<Prepared<'_>, JobError> {
+        let reading = self.reading(ahead.geometry());
+        facts.geometry = reading.geometry;
+        let planned = reason(facts, ahead.tracker());
+        let spool = self.request.source.spool();
+        let spool = spool.map_err(|source| ImageError::Spool { op: "made", source })?;
+        let (begun, copied) = ahead::copy(ahead, spool, session, &reading)?;
+        Ok(Prepared {
+            reason: planned.or_else(|| reason(facts, begun.tracker)),
+            begun,
+            reading,
+            copied: Some(copied),
+            base: None,
+        })
+    }
+
+    fn reading(&self, geometry: Geometry) -> Reading<'_> {
+        let request = self.request;
+        Reading::new(
+            self.control,
+            geometry,
+            request.workers,
+            request.max_read_rate,
+        )
     }
 
     fn write(
         &self,
         session: Session,
-        prepared: &Prepared,
+        prepared: &Prepared<'_>,
         previous: Digest,
     ) -> Result<BackupReport, JobError> {
         let snapshot = Arc::clone(&prepared.begun.snapshot);
@@ -356,7 +396,7 @@ impl Attempt<'_> {
         let sequence = session.facts().sequence;
         let writer = ImageWriter::new(
             session,
-            prepared.geometry,
+            prepared.reading.geometry,
             prepared.base.clone(),
             &wanted_words,
         )?;
@@ -394,50 +434,34 @@ impl Attempt<'_> {
     }
 
     /// Reads and stores all that is wanted, and makes sure that it was all. After this a cancel comes too late.
-    fn take_all(&self, prepared: &Prepared, writer: &ImageWriter) -> Result<Taken, JobError> {
-        let snapshot = &*prepared.begun.snapshot;
-        let rate = Rate::new(self.request.max_read_rate);
-        let block_bytes = prepared.geometry.block_size().bytes_u64();
-        let piece_bytes = rate.piece_bytes(PIECE_BYTES, block_bytes);
-        let pass = Pass {
-            control: self.control,
-            snapshot,
-            writer,
-            geometry: prepared.geometry,
-            pieces: Pieces::new(prepared.geometry.block_count().0, piece_bytes / block_bytes),
-            rate,
-            read_bytes: AtomicU64::new(0),
-            read_blocks: AtomicU64::new(0),
-            unreadable: Mutex::new(BlockSet::new(prepared.geometry.block_count())),
-        };
-        self.control
-            .set_total(bytes_of_set(&prepared.geometry, snapshot.wanted()));
-        in_parallel(self.request.workers, self.control, &|failure| {
-            pass.work(failure)
-        })?;
-        if pass.read_blocks.into_inner() != snapshot.wanted().count().0 {
-            return Err(JobError::Mismatch {
-                what: "the wanted set changed while it was read",
-            });
+    fn take_all(&self, prepared: &Prepared<'_>, writer: &ImageWriter) -> Result<Taken, JobError> {
+        let (snapshot, reading) = (&*prepared.begun.snapshot, &prepared.reading);
+        if let Some(copied) = &prepared.copied {
+            copied.complete(reading, snapshot, writer)?;
+        } else {
+            let wanted = snapshot.wanted();
+            self.control.set_total(reading.bytes_of(wanted));
+            reading.all(Pass {
+                blocks: wanted,
+                read: &|range, buf| snapshot.read_blocks(range, buf),
+                put: &|blocks| writer.put(blocks),
+            })?;
         }
         snapshot.finish()?;
         self.control.begin_commit()?;
         Ok(Taken {
-            read_bytes: pass.read_bytes.into_inner(),
-            unreadable: pass
-                .unreadable
-                .into_inner()
-                .unwrap_or_else(PoisonError::into_inner),
+            read_bytes: reading.read_bytes(),
+            unreadable: reading.unreadable(snapshot.wanted()),
         })
     }
 
-    fn image_facts(&self, prepared: &Prepared, taken: &Taken, previous: Digest) -> ImageFacts {
+    fn image_facts(&self, prepared: &Prepared<'_>, taken: &Taken, previous: Digest) -> ImageFacts {
         let begun = &prepared.begun;
         let incremental = prepared.reason.is_none();
         let changed = begun.snapshot.changed().filter(|_| incremental).cloned();
-        let changed_bytes = changed.as_ref().map_or(taken.read_bytes, |set| {
-            bytes_of_set(&prepared.geometry, set)
-        });
+        let changed_bytes = changed
+            .as_ref()
+            .map_or(taken.read_bytes, |set| prepared.reading.bytes_of(set));
         let cost = self.request.source.cost(begun.id);
         let clock = &self.environment.clock;
         ImageFacts {
@@ -465,6 +489,14 @@ impl Attempt<'_> {
             evidence: begun.evidence.clone(),
             previous,
         }
+    }
+}
+
+/// Why it is not incremental, now that the tracker has answered.
+fn reason(facts: &PlanFacts, tracker: TrackerSays) -> Option<Reason> {
+    match before_snapshot(facts) {
+        Err(reason) => Some(reason),
+        Ok(base) => after_snapshot(facts, base, tracker),
     }
 }
 
@@ -506,115 +538,13 @@ fn check_wanted(snapshot: &dyn SnapshotRead, absent: Option<&BlockSet>) -> Resul
     Err(JobError::Mismatch { what })
 }
 
-fn begin_error(error: BeginError) -> JobError {
-    match error {
-        BeginError::Busy | BeginError::Taken => JobError::Busy,
-        BeginError::Revoked(cause) => JobError::SnapshotRevoked { cause },
-        BeginError::Io(source) => JobError::Volume { source },
-    }
-}
-
 fn nanos(duration: core::time::Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
-fn bytes_of_set(geometry: &Geometry, set: &BlockSet) -> u64 {
-    set.runs()
-        .fold(0, |sum, run| geometry.bytes_of(run).1.saturating_add(sum))
 }
 
 struct Taken {
     read_bytes: u64,
     unreadable: BlockSet,
-}
-
-/// One ascending pass over the wanted blocks.
-struct Pass<'a> {
-    control: &'a Control,
-    snapshot: &'a dyn SnapshotRead,
-    writer: &'a ImageWriter,
-    geometry: Geometry,
-    pieces: Pieces,
-    rate: Rate,
-    read_bytes: AtomicU64,
-    read_blocks: AtomicU64,
-    unreadable: Mutex<BlockSet>,
-}
-
-impl Pass<'_> {
-    fn work(&self, failure: &Failure) -> Result<(), JobError> {
-        let block_bytes = self.geometry.block_size().bytes_usize();
-        let mut buffer = AlignedBuffer::new(0);
-        while !failure.is_set() {
-            let Some(piece) = self.pieces.next_in(self.snapshot.wanted()) else {
-                break;
-            };
-            self.control.check()?;
-            let needed = usize::try_from(piece.count().0)
-                .unwrap_or(usize::MAX)
-                .saturating_mul(block_bytes);
-            if buffer.len() < needed {
-                buffer = AlignedBuffer::new(needed);
-            }
-            self.take(piece, &mut buffer)?;
-        }
-        Ok(())
-    }
-
-    /// Reads what is wanted of `piece` and stores it.
-    fn take(&self, piece: BlockRange, buffer: &mut [u8]) -> Result<(), JobError> {
-        let block_bytes = self.geometry.block_size().bytes_usize();
-        let mut outcomes: Vec<(BlockIndex, BlockOutcome)> = Vec::new();
-        let mut rest = buffer;
-        let mut parts: Vec<&[u8]> = Vec::new();
-        let mut bytes = 0;
-        for run in runs_within(self.snapshot.wanted(), piece) {
-            let (_, run_bytes) = self.geometry.bytes_of(run);
-            self.rate.wait(run_bytes, self.control)?;
-            let length = usize::try_from(run.count().0)
-                .unwrap_or(usize::MAX)
-                .saturating_mul(block_bytes);
-            let Some((part, left)) = rest.split_at_mut_checked(length) else {
-                return Err(JobError::Died);
-            };
-            rest = left;
-            let got = self.snapshot.read_blocks(run, part)?;
-            if got.len() != part.len() / block_bytes {
-                return Err(JobError::Mismatch {
-                    what: "a read told of another number of blocks",
-                });
-            }
-            outcomes.extend(run.blocks().zip(got));
-            parts.extend(part.chunks_exact(block_bytes));
-            bytes += run_bytes;
-        }
-        let mut blocks = Vec::with_capacity(outcomes.len());
-        for ((block, outcome), part) in outcomes.into_iter().zip(parts) {
-            blocks.push((block, self.content(block, outcome, part)));
-        }
-        let stored = self.writer.put(&blocks)?;
-        self.read_blocks.fetch_add(
-            u64::try_from(blocks.len()).unwrap_or(u64::MAX),
-            Ordering::Relaxed,
-        );
-        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.control.advance(bytes, stored.stored_bytes);
-        Ok(())
-    }
-
-    fn content<'b>(&self, block: BlockIndex, outcome: BlockOutcome, part: &'b [u8]) -> Content<'b> {
-        let true_bytes = usize::try_from(self.geometry.block_bytes(block)).unwrap_or(0);
-        match (outcome, part.get(..true_bytes)) {
-            (BlockOutcome::Data, Some(bytes)) => Content::Bytes(bytes),
-            (BlockOutcome::Data, None) | (BlockOutcome::Unreadable, _) => {
-                self.unreadable
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .insert(block);
-                Content::Unreadable
-            }
-        }
-    }
 }
 
 /// What a backup would be now: `backup --dry-run`, `status`. Claims nothing; reads the newest image's head and what it

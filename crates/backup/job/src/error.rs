@@ -68,6 +68,12 @@ pub enum JobError {
         /// Why.
         source: ImageError,
     },
+    /// What is remembered of blocks copied before the instant could not be kept.
+    #[error("the blocks copied before the instant could not be remembered")]
+    Spool {
+        /// What failed.
+        source: ImageError,
+    },
     /// The target of a restore failed.
     #[error("the target could not be {op}")]
     Target {
@@ -103,7 +109,7 @@ impl JobError {
             Self::Repository { source } => repository_code(source),
             Self::Target { .. } => "target-failed",
             Self::Refused(refusal) => refusal.code(),
-            Self::Threads { .. } | Self::Died => "failed",
+            Self::Spool { .. } | Self::Threads { .. } | Self::Died => "failed",
         }
     }
 
@@ -114,6 +120,9 @@ impl JobError {
             Self::Refused(_) => 13,
             Self::Target { source, .. } if source.kind() == io::ErrorKind::StorageFull => 15,
             Self::RepositoryFull { .. } | Self::RepositoryLow { .. } => 15,
+            Self::Spool {
+                source: ImageError::Spool { source, .. },
+            } if source.kind() == io::ErrorKind::StorageFull => 15,
             Self::Repository { source } => repository_exit(source),
             Self::SnapshotRevoked { .. }
             | Self::Busy
@@ -121,6 +130,7 @@ impl JobError {
             | Self::Mismatch { .. }
             | Self::RepositoryUnreachable { .. }
             | Self::Target { .. }
+            | Self::Spool { .. }
             | Self::Threads { .. }
             | Self::Died => 1,
         }
@@ -166,6 +176,9 @@ impl From<ImageError> for JobError {
             if error.is_unreachable() {
                 return Self::RepositoryUnreachable { source };
             }
+        }
+        if let ImageError::Spool { .. } = &source {
+            return Self::Spool { source };
         }
         Self::Repository { source }
     }

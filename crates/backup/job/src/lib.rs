@@ -13,11 +13,13 @@
 //! nothing that the next backup rests on (the position lives in the images, P2).
 #![forbid(unsafe_code)]
 
+mod ahead;
 pub mod backup;
 pub mod environment;
 pub mod error;
 pub mod file_target;
 pub mod listing;
+mod pass;
 mod pieces;
 pub mod plan;
 mod rate;

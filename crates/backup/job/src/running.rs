@@ -154,6 +154,11 @@ impl Control {
         self.total_bytes.store(bytes, Ordering::Relaxed);
     }
 
+    /// There is more to do than was known.
+    pub(crate) fn add_total(&self, bytes: u64) {
+        self.total_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// Counts, and tells whoever wants to know, if it is time.
     pub(crate) fn advance(&self, done_bytes: u64, stored_bytes: u64) {
         self.done_bytes.fetch_add(done_bytes, Ordering::Relaxed);

@@ -1,5 +1,7 @@
 //! The jobs against a volume that cannot be wrong, and repositories that fail.
 
+mod ahead;
+mod ahead_volume;
 mod cancel;
 mod damage;
 mod faults;

@@ -7,6 +7,7 @@ use crate::environment::{Environment, OpenSessions};
 use crate::error::JobError;
 use crate::restore::{self, Background, ReadBack, RestoreReport, RestoreRequest};
 use crate::running::Running;
+use crate::source::SnapshotSource;
 use crate::verify::{self, VerifyRequest};
 use blktide_image::{Depth, ImageReader, Proof};
 use blktide_repo::memory::MemoryStore;
@@ -114,13 +115,17 @@ pub(super) fn environment(seed: Seed) -> Environment {
 }
 
 pub(super) fn request(place: &Place, volume: &Arc<SimVolume>) -> BackupRequest {
+    request_of(place, Arc::<SimVolume>::clone(volume))
+}
+
+pub(super) fn request_of(place: &Place, source: Arc<dyn SnapshotSource>) -> BackupRequest {
     let store = Arc::clone(place.repository.store());
     BackupRequest {
         repository: Box::new(move || Repository::open(store)),
         volume: VOLUME,
         volume_name: "data".to_owned(),
         device: "wwn-1".to_owned(),
-        source: Arc::<SimVolume>::clone(volume),
+        source,
         full: false,
         remembered: place.remembered,
         max_read_rate: 0,
