@@ -2,9 +2,11 @@
 
 use crate::daemon::Shared;
 use crate::jobs::Place;
-use crate::records;
-use crate::source::{VolumeSource, geometry};
-use blktide_api::config::{Config, RepositoryConfig, SavePlace, VolumeConfig};
+use crate::source::{Source, VolumeSource, geometry};
+use crate::volume::options;
+use crate::watched::WatchSource;
+use crate::{records, tracked};
+use blktide_api::config::{Config, Mode, RepositoryConfig, SavePlace, VolumeConfig};
 use blktide_api::failure::{Failure, FailureCode};
 use blktide_api::message::{PLAN, PlanDocument, SUMMARY, SummaryDocument};
 use blktide_api::name::{Name, RepositoryRef};
@@ -23,13 +25,11 @@ use blktide_sys::blockdev::{self, BlockDevice};
 use blktide_sys::fs;
 use blktide_types::id::{ImageId, RepositoryId, VolumeId};
 use blktide_types::reason::Reason;
+use blktide_volume::VolumeError;
 use blktide_volume::message::{VolumeState, VolumeStatus};
-use blktide_volume::{VolumeClient, VolumeError};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
-
-const LIMIT: Duration = Duration::from_secs(10);
 
 /// What was asked for.
 #[derive(Clone, Debug, serde::Deserialize)]
@@ -184,9 +184,9 @@ pub(crate) fn run(
             return Err(failure(&error, &seen, checked));
         }
     };
-    committed(checked, &source, &seen, &report);
+    committed(checked, &*source, &seen, &report);
     let seconds = shared.environment.clock.now().since(started).as_secs_f64();
-    Ok(summary(checked, &source, &report, &status, seconds))
+    Ok(summary(checked, &*source, &report, &status, seconds))
 }
 
 /// What `--dry-run` tells.
@@ -195,7 +195,7 @@ pub(crate) fn preview(shared: &Shared, checked: &Checked) -> Result<PlanDocument
     let seen = Arc::new(Seen::default());
     let repository =
         opener(checked, &seen, &status)().map_err(|e| failure(&e.into(), &seen, checked))?;
-    let geometry = blktide_job::source::SnapshotSource::geometry(&*source);
+    let geometry = source.geometry();
     let plan = blktide_job::backup::preview(
         &repository,
         volume_id,
@@ -208,7 +208,7 @@ pub(crate) fn preview(shared: &Shared, checked: &Checked) -> Result<PlanDocument
             remembered: remembered(checked, volume_id, &seen),
         },
         &|generation, absent| {
-            let asked = client(checked).and_then(|mut c| c.changed_since(&[generation]));
+            let asked = tracked::changed_since(&checked.config, &checked.volume, &[generation]);
             match asked {
                 Ok((_, Some(distrust))) => (
                     TrackerSays::Distrusted(
@@ -242,18 +242,9 @@ pub(crate) fn preview(shared: &Shared, checked: &Checked) -> Result<PlanDocument
     })
 }
 
-fn client(checked: &Checked) -> Result<VolumeClient, VolumeError> {
-    VolumeClient::connect(
-        &checked.config.runtime_dir,
-        checked.volume.name.as_str(),
-        LIMIT,
-    )
-}
-
 /// The volume as its server tells it now.
-fn facts(checked: &Checked) -> Result<(Arc<VolumeSource>, VolumeStatus, VolumeId), Failure> {
-    let status = client(checked)
-        .and_then(|mut c| c.status())
+fn facts(checked: &Checked) -> Result<(Arc<dyn Source>, VolumeStatus, VolumeId), Failure> {
+    let status = tracked::status_of(&checked.config, &checked.volume)
         .map_err(|e| volume_failure(&checked.volume.name, &e))?;
     if status.state != VolumeState::Attached {
         let message = format!("volume {} is {}", status.name, word(status.state));
@@ -267,13 +258,16 @@ fn facts(checked: &Checked) -> Result<(Arc<VolumeSource>, VolumeStatus, VolumeId
         .volume_id
         .parse()
         .map_err(|_source| unusable("no id"))?;
-    let source = VolumeSource::new(
-        checked.config.runtime_dir.clone(),
-        checked.volume.clone(),
-        geometry,
-        status.loop_device.clone(),
-    );
-    Ok((Arc::new(source), status, id))
+    let volume = checked.volume.clone();
+    let source: Arc<dyn Source> = if volume.mode == Mode::Watch {
+        let options = options(&checked.config, &volume);
+        Arc::new(WatchSource::new(options, volume, geometry))
+    } else {
+        let runtime_dir = checked.config.runtime_dir.clone();
+        let node = status.loop_device.clone();
+        Arc::new(VolumeSource::new(runtime_dir, volume, geometry, node))
+    };
+    Ok((source, status, id))
 }
 
 const fn word(state: VolumeState) -> &'static str {
@@ -313,7 +307,7 @@ pub(crate) fn volume_failure(name: &Name, error: &VolumeError) -> Failure {
 
 fn request(
     checked: &Checked,
-    source: &Arc<VolumeSource>,
+    source: &Arc<dyn Source>,
     volume: VolumeId,
     seen: &Arc<Seen>,
     status: &VolumeStatus,
@@ -324,7 +318,7 @@ fn request(
         volume,
         volume_name: checked.volume.name.to_string(),
         device: device_words(&checked.volume.device),
-        source: Arc::<VolumeSource>::clone(source),
+        source: Arc::<dyn Source>::clone(source),
         full: checked.ask.full,
         remembered: remembered_any(checked, volume),
         max_read_rate: rate.unwrap_or(0),
@@ -349,7 +343,12 @@ fn room(checked: &Checked, seen: &Arc<Seen>) -> (blktide_job::backup::FreeBytes,
 /// Opens the repository, unless it lies on the volume itself (P8).
 fn opener(checked: &Checked, seen: &Arc<Seen>, status: &VolumeStatus) -> OpenRepository {
     let (path, name) = (checked.path.clone(), checked.repository.clone());
-    let (seen, node) = (Arc::clone(seen), status.loop_device.clone());
+    let node = if checked.volume.mode == Mode::Watch {
+        Some(status.device.clone())
+    } else {
+        status.loop_device.clone()
+    };
+    let seen = Arc::clone(seen);
     Box::new(move || {
         if node.is_some_and(|node| lies_on(&path, &node)) {
             let message = format!("repository {name} lies on the volume that is to be backed up");
@@ -406,13 +405,18 @@ fn remembered(checked: &Checked, volume: VolumeId, seen: &Seen) -> Option<ImageI
 }
 
 /// Everything that an image that now exists has for consequence here. What fails costs the next backup more, nothing else.
-fn committed(checked: &Checked, source: &VolumeSource, seen: &Seen, report: &BackupReport) {
+fn committed(checked: &Checked, source: &dyn Source, seen: &Seen, report: &BackupReport) {
     let head = &report.head;
     let name = &checked.volume.name;
     if head.kind == ImageKind::Full && source.opened() == Some(head.generation) {
-        let trusted = client(checked).and_then(|mut c| c.trust(head.generation));
-        if let Err(error) = trusted {
-            tracing::warn!(volume = %name, %error, "the tracker could not be told of the full image");
+        match source.trust() {
+            Ok(true) => {}
+            Ok(false) => {
+                tracing::warn!(volume = %name, "what the full image covers was distrusted again meanwhile")
+            }
+            Err(error) => {
+                tracing::warn!(volume = %name, %error, "the tracker could not be told of the full image");
+            }
         }
     }
     source.release();
@@ -432,7 +436,7 @@ fn committed(checked: &Checked, source: &VolumeSource, seen: &Seen, report: &Bac
 
 fn summary(
     checked: &Checked,
-    source: &VolumeSource,
+    source: &dyn Source,
     report: &BackupReport,
     status: &VolumeStatus,
     seconds: f64,

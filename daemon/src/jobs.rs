@@ -6,7 +6,7 @@
 //! ```
 //! **Invariant**: of a volume's jobs only the first runs. A job that has been cancelled never begins.
 
-use crate::source::VolumeSource;
+use crate::source::Source;
 use blktide_api::name::Name;
 use blktide_api::time;
 use blktide_job::running::{Control, Progress};
@@ -46,7 +46,7 @@ pub(crate) struct Job {
 #[derive(Clone, Debug)]
 struct Work {
     control: Arc<Control>,
-    source: Arc<VolumeSource>,
+    source: Arc<dyn Source>,
 }
 
 /// A place in the queue; dropping it leaves.
@@ -166,7 +166,7 @@ impl Job {
     }
 
     /// From now on a cancel reaches the work. A cancel that came before is passed on.
-    pub(crate) fn works_with(&self, control: Arc<Control>, source: Arc<VolumeSource>) {
+    pub(crate) fn works_with(&self, control: Arc<Control>, source: Arc<dyn Source>) {
         let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
         *work = Some(Work { control, source });
         drop(work);

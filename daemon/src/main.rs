@@ -4,6 +4,7 @@
 //!   blktided                    the daemon: this file's rest
 //!   blktided volume NAME        the keeper of a volume, in the foreground
 //!   blktided volume NAME --server …   its server: started by the keeper, never by hand
+//!   blktided thaw-guard         who freezes a file system and thaws it: started by who needs it, never by hand
 //! ```
 #![forbid(unsafe_code)]
 
@@ -19,7 +20,10 @@ mod records;
 mod socket;
 mod source;
 mod supervise;
+mod thaw_guard;
+mod tracked;
 mod volume;
+mod watched;
 
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
@@ -56,6 +60,9 @@ fn main() -> ExitCode {
     if words.first().is_some_and(|w| w == "volume") && words.iter().any(|w| w == "--server") {
         // The way back needs no disk: nothing is read or parsed before the server runs.
         return volume::server(&words);
+    }
+    if words == [blktide_watch::guard::ROLE] {
+        return thaw_guard::run();
     }
     let arguments = Arguments::parse();
     let result = match arguments.role {

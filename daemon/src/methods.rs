@@ -26,6 +26,9 @@ struct OfVolume {
     volume: Name,
     #[serde(default)]
     job: Option<u64>,
+    /// Of a detach: a watched volume that is in use is let go of, too.
+    #[serde(default)]
+    live: bool,
 }
 
 /// Answers one call.
@@ -99,9 +102,8 @@ async fn change(shared: &Arc<Shared>, method: &str, parameters: Value) -> Result
             "io.blktide.Attach" => {
                 supervise::attach(&shared, &of.volume).map(|lines| json!({ "lines": lines }))
             }
-            "io.blktide.Detach" => {
-                supervise::detach(&shared, &of.volume).map(|lines| json!({ "lines": lines }))
-            }
+            "io.blktide.Detach" => supervise::detach(&shared, &of.volume, of.live)
+                .map(|lines| json!({ "lines": lines })),
             _ => {
                 backup::volume_of(&shared.config(), &of.volume)?;
                 let count = shared.jobs.cancel(Some(&of.volume), of.job, CANCEL_LIMIT);

@@ -4,12 +4,10 @@ use blktide_api::config::Config;
 use blktide_api::name::Name;
 use blktide_api::record::{FILE_NAME, Record, Records};
 use blktide_sys::fs;
-use blktide_volume::VolumeClient;
 use blktide_volume::message::{Hint, Text};
 use std::path::PathBuf;
-use std::time::Duration;
 
-const LIMIT: Duration = Duration::from_secs(5);
+use crate::tracked;
 
 fn path(config: &Config, volume: &Name) -> PathBuf {
     config.volume_state_dir(volume).join(FILE_NAME)
@@ -50,9 +48,10 @@ pub(crate) fn send_hints(config: &Config, volume: &Name) {
         })
         .take(8)
         .collect();
-    let sent = VolumeClient::connect(&config.runtime_dir, volume.as_str(), LIMIT)
-        .and_then(|mut client| client.hints(&hints));
-    if let Err(error) = sent {
+    let Some(known) = config.volumes.get(volume) else {
+        return;
+    };
+    if let Err(error) = tracked::hints(config, known, &hints) {
         tracing::warn!(%volume, %error, "the volume did not take the hints; a later backup may read more");
     }
 }

@@ -30,6 +30,27 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Memory that stands in for a save area on the tracked volume itself.
 const MEMORY_INSTEAD_BYTES: u64 = 256 << 20;
 
+/// What a daemon needs of the source of a backup, beside what the job does.
+pub(crate) trait Source: SnapshotSource + std::fmt::Debug {
+    /// Ends the snapshot at once: writers no longer preserve, whatever the job's threads hang in.
+    fn revoke(&self);
+
+    /// Lets go of the snapshot, so that dropping the job's own hold ends it.
+    fn release(&self);
+
+    /// What the snapshot has cost, as last heard.
+    fn figures(&self) -> SnapshotFigures;
+
+    /// Whether memory stood in for the configured save area.
+    fn used_memory_instead(&self) -> bool;
+
+    /// The generation that the snapshot opened.
+    fn opened(&self) -> Option<GenerationName>;
+
+    /// The full image of the snapshot was committed: the tracker is trusted from there on. False: that was forgotten meanwhile.
+    fn trust(&self) -> Result<bool, VolumeError>;
+}
+
 /// One backup's view of its volume.
 #[derive(Debug)]
 pub(crate) struct VolumeSource {
@@ -61,35 +82,6 @@ impl VolumeSource {
             figures: Mutex::default(),
             memory_instead: Mutex::default(),
         }
-    }
-
-    /// Ends the snapshot at once: writers no longer preserve, whatever the job's threads hang in.
-    pub(crate) fn revoke(&self) {
-        self.revoked.store(true, Ordering::SeqCst);
-        let reader = lock(&self.reader).take();
-        if let Some(reader) = reader {
-            reader.cancel();
-        }
-    }
-
-    /// Lets go of the snapshot, so that dropping the job's own hold ends it.
-    pub(crate) fn release(&self) {
-        lock(&self.reader).take();
-    }
-
-    /// What the snapshot has cost, as last heard.
-    pub(crate) fn figures(&self) -> SnapshotFigures {
-        *lock(&self.figures)
-    }
-
-    /// Whether memory stood in for the configured save area.
-    pub(crate) fn used_memory_instead(&self) -> bool {
-        *lock(&self.memory_instead)
-    }
-
-    /// The generation that the snapshot opened.
-    pub(crate) fn opened(&self) -> Option<GenerationName> {
-        lock(&self.reader).as_ref().map(|r| r.begun().generation.0)
     }
 
     fn client(&self) -> Result<VolumeClient, VolumeError> {
@@ -161,6 +153,39 @@ impl VolumeSource {
             }
             other => other,
         }
+    }
+}
+
+impl Source for VolumeSource {
+    fn revoke(&self) {
+        self.revoked.store(true, Ordering::SeqCst);
+        let reader = lock(&self.reader).take();
+        if let Some(reader) = reader {
+            reader.cancel();
+        }
+    }
+
+    fn release(&self) {
+        lock(&self.reader).take();
+    }
+
+    fn figures(&self) -> SnapshotFigures {
+        *lock(&self.figures)
+    }
+
+    fn used_memory_instead(&self) -> bool {
+        *lock(&self.memory_instead)
+    }
+
+    fn opened(&self) -> Option<GenerationName> {
+        lock(&self.reader).as_ref().map(|r| r.begun().generation.0)
+    }
+
+    fn trust(&self) -> Result<bool, VolumeError> {
+        let Some(opened) = self.opened() else {
+            return Ok(false);
+        };
+        self.client()?.trust(opened).map(|()| true)
     }
 }
 

@@ -8,13 +8,15 @@
 
 use crate::backup::{volume_failure, volume_of};
 use crate::daemon::Shared;
-use crate::records;
-use blktide_api::config::{Attach, Config};
+use crate::volume::options;
+use crate::{records, tracked};
+use blktide_api::config::{Attach, Config, Mode, VolumeConfig};
 use blktide_api::failure::{Failure, FailureCode};
 use blktide_api::name::Name;
 use blktide_api::status::warning_text;
 use blktide_sys::event::pause;
 use blktide_sys::process::PidFd;
+use blktide_volume::error::Refusal;
 use blktide_volume::message::{VolumeState, VolumeStatus};
 use blktide_volume::{VolumeClient, VolumeError};
 use std::os::unix::process::CommandExt as _;
@@ -26,21 +28,24 @@ const LIMIT: Duration = Duration::from_secs(5);
 const ATTACH_LIMIT: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(10);
 
-/// Facts of a volume; `None`: nobody serves it.
-pub(crate) fn status_of(config: &Config, name: &Name) -> Result<VolumeStatus, VolumeError> {
+/// Facts of a volume that has a server.
+fn served(config: &Config, name: &Name) -> Result<VolumeStatus, VolumeError> {
     VolumeClient::connect(&config.runtime_dir, name.as_str(), LIMIT)?.status()
 }
 
 /// Attaches a volume, or sees that it is. Waits until its node can be mounted.
 pub(crate) fn attach(shared: &Arc<Shared>, name: &Name) -> Result<Vec<String>, Failure> {
     let config = shared.config();
-    volume_of(&config, name)?;
+    let volume = volume_of(&config, name)?;
     let order = shared.order_of(name);
     let _one_at_a_time = order
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner);
+    if volume.mode == Mode::Watch {
+        return attach_watched(shared, &config, volume);
+    }
     let node = config.node(name);
-    if let Ok(status) = status_of(&config, name)
+    if let Ok(status) = served(&config, name)
         && status.state == VolumeState::Attached
         && status.keeper_pid != 0
     {
@@ -71,6 +76,52 @@ pub(crate) fn attach(shared: &Arc<Shared>, name: &Name) -> Result<Vec<String>, F
             Err(failure)
         }
     }
+}
+
+/// Begins to watch a volume: the kernel does it from there on, and no process stays for it.
+fn attach_watched(
+    shared: &Shared,
+    config: &Config,
+    volume: &VolumeConfig,
+) -> Result<Vec<String>, Failure> {
+    let name = &volume.name;
+    let say = |text: &str| tracing::info!(volume = %name, "{text}");
+    let device = volume.device.display();
+    match blktide_watch::attach(&options(config, volume), LIMIT, &say) {
+        Ok(how) => {
+            shared.forget_failure(name);
+            records::send_hints(config, name);
+            let already = match how {
+                blktide_watch::Attached::Now => "",
+                blktide_watch::Attached::Before => " already",
+            };
+            Ok(vec![format!(
+                "{name} is attached{already}: {device} is watched, and mounted as before"
+            )])
+        }
+        Err(error) => {
+            let failure = attach_failure(name, &error);
+            shared.remember_failure(name, &failure.message);
+            Err(failure)
+        }
+    }
+}
+
+fn attach_failure(name: &Name, error: &VolumeError) -> Failure {
+    let unwatchable =
+        matches!(error, VolumeError::Refused { kind, .. } if *kind == Refusal::Unwatchable);
+    if unwatchable {
+        return Failure::new(FailureCode::DeviceRefused, crate::daemon::chain(error))
+            .hint("blktidectl doctor shows what each device can have");
+    }
+    if matches!(error, VolumeError::Refused { .. }) {
+        return volume_failure(name, error);
+    }
+    let message = format!(
+        "{name} could not be attached: {}",
+        crate::daemon::chain(error)
+    );
+    Failure::new(FailureCode::AttachFailed, message).hint("blktidectl doctor says what is missing")
 }
 
 fn start(shared: &Shared, config: &Config, name: &Name) -> Result<Child, Failure> {
@@ -116,7 +167,7 @@ fn await_attached(
         if let Ok(Some(_ended)) = child.try_wait() {
             return Err(last_words(config, name));
         }
-        if let Ok(status) = status_of(config, name)
+        if let Ok(status) = served(config, name)
             && status.keeper_pid == keeper
             && matches!(
                 status.state,
@@ -201,7 +252,7 @@ fn keep_watching(shared: &Arc<Shared>, name: &Name) {
     let mut tries = 0_u32;
     loop {
         let config = shared.config();
-        let keeper = match status_of(&config, name) {
+        let keeper = match served(&config, name) {
             Ok(status) => status.keeper_pid,
             // Detached, or both are dead.
             Err(VolumeError::NotAttached { .. }) => {
@@ -255,14 +306,21 @@ fn note_loss(shared: &Shared, config: &Config, name: &Name) {
     }
 }
 
-/// Detaches a volume. Waits until its keeper has tidied up.
-pub(crate) fn detach(shared: &Arc<Shared>, name: &Name) -> Result<Vec<String>, Failure> {
+/// Detaches a volume. Waits until its keeper has tidied up. `live`: a watched volume that is in use is let go of, too.
+pub(crate) fn detach(
+    shared: &Arc<Shared>,
+    name: &Name,
+    live: bool,
+) -> Result<Vec<String>, Failure> {
     let config = shared.config();
-    volume_of(&config, name)?;
+    let volume = volume_of(&config, name)?;
     let order = shared.order_of(name);
     let _one_at_a_time = order
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner);
+    if volume.mode == Mode::Watch {
+        return detach_watched(shared, &config, volume, live);
+    }
     let mut client = VolumeClient::connect(&config.runtime_dir, name.as_str(), LIMIT)
         .map_err(|e| volume_failure(name, &e))?;
     let keeper = client
@@ -283,28 +341,52 @@ pub(crate) fn detach(shared: &Arc<Shared>, name: &Name) -> Result<Vec<String>, F
     Ok(vec![format!("{name} is detached; its bitmap is stored")])
 }
 
+fn detach_watched(
+    shared: &Shared,
+    config: &Config,
+    volume: &VolumeConfig,
+    live: bool,
+) -> Result<Vec<String>, Failure> {
+    use blktide_watch::{Detached, InUse};
+    let name = &volume.name;
+    let in_use = if live { InUse::LetGo } else { InUse::Refuse };
+    let detached = blktide_watch::detach(&options(config, volume), in_use, LIMIT)
+        .map_err(|e| volume_failure(name, &e))?;
+    shared.forget_failure(name);
+    Ok(vec![match detached {
+        Detached::Stored => format!("{name} is detached; its bitmap is stored"),
+        Detached::Live => format!(
+            "{name} is detached while it was in use: its bitmap is lost, and the next backup reads everything"
+        ),
+    }])
+}
+
 /// At the start: volumes that run are watched, those with `attach = "boot"` attached.
 pub(crate) fn attach_all(shared: &Arc<Shared>) {
     let config = shared.config();
     let off = std::fs::read_to_string("/proc/cmdline")
         .is_ok_and(|line| line.split_whitespace().any(|word| word == "blktide=off"));
     for (name, volume) in &config.volumes {
-        match status_of(&config, name) {
+        match tracked::status_of(&config, volume) {
             Ok(_) => {
                 records::send_hints(&config, name);
-                watch(shared, name);
+                if volume.mode != Mode::Watch {
+                    watch(shared, name);
+                }
             }
             Err(_) if volume.attach == Attach::Boot && off => {
                 tracing::warn!(volume = %name, "not attached: blktide=off on the kernel's command line");
             }
-            Err(_) if volume.attach == Attach::Boot => attach_at_start(shared, name),
+            Err(_) if volume.attach == Attach::Boot => attach_at_start(shared, volume),
             Err(_) => {}
         }
     }
 }
 
-fn attach_at_start(shared: &Arc<Shared>, name: &Name) {
-    let attached = if flusher_is_refused() {
+fn attach_at_start(shared: &Arc<Shared>, volume: &VolumeConfig) {
+    let name = &volume.name;
+    // What is watched has no process that memory pressure could stop.
+    let attached = if volume.mode != Mode::Watch && flusher_is_refused() {
         let why = "attach = \"boot\" is refused: this machine does not let it be an I/O flusher (PR_SET_IO_FLUSHER), so memory pressure could stop it; say attach = \"manual\"";
         shared.remember_failure(name, why);
         Err(Failure::new(FailureCode::AttachFailed, why))

@@ -137,6 +137,24 @@ impl Overflow {
     }
 }
 
+/// What becomes of a backup in mode `watch` if what is left to copy does not fit into `freeze_budget`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OverBudget {
+    /// The backup ends, no writer waits.
+    GiveUp,
+    /// Writers wait for longer, at most `freeze_limit`.
+    Longer,
+}
+
+impl OverBudget {
+    const WORDS: &[(Self, &str)] = &[(Self::GiveUp, "give-up"), (Self::Longer, "longer")];
+
+    /// The word of the interface.
+    pub fn word(self) -> &'static str {
+        word_of(Self::WORDS, self)
+    }
+}
+
 fn word_of<T: PartialEq + Copy>(words: &[(T, &'static str)], value: T) -> &'static str {
     words
         .iter()
@@ -181,7 +199,7 @@ pub struct Defaults {
     pub mode: Mode,
     /// Unit of image and snapshot.
     pub block_size: BlockSize,
-    /// Unit of one bit of the tracker; `None`: the block size.
+    /// Unit of one bit of the tracker; `None`: see [`Defaults::grain_of`].
     pub grain: Option<BlockSize>,
     /// The repository of its backups.
     pub repository: Name,
@@ -191,8 +209,27 @@ pub struct Defaults {
     pub max_age: Duration,
     /// The longest that a hold keeps writers waiting before it lets go and tries again.
     pub hold_deadline: Duration,
+    /// Mode `watch`: so long the freeze of a file system is meant to be, at most.
+    pub freeze_budget: Duration,
+    /// Mode `watch`: then the freeze ends, whatever happens.
+    pub freeze_limit: Duration,
+    /// Mode `watch`: what is done if the budget cannot be kept.
+    pub over_budget: OverBudget,
     /// Originals.
     pub save_area: SaveArea,
+}
+
+impl Defaults {
+    /// The unit of one bit for a volume of which nothing else is said: what is configured, as far as it fits into a block; else
+    /// 4 KiB in mode `watch`, whose bitmap is the kernel's, and the block size in all others.
+    pub fn grain_of(&self, mode: Mode, block_size: BlockSize) -> BlockSize {
+        let usual = match mode {
+            Mode::Watch => BlockSize::IMAGE_MIN,
+            Mode::Auto | Mode::Ublk | Mode::Fuse => block_size,
+        };
+        let fits = |grain: &BlockSize| grain.shift() <= block_size.shift();
+        self.grain.filter(fits).unwrap_or(usual)
+    }
 }
 
 /// One volume: `volumes.d/NAME.toml` over the defaults.
@@ -220,6 +257,12 @@ pub struct VolumeConfig {
     pub max_age: Duration,
     /// See [`Defaults::hold_deadline`].
     pub hold_deadline: Duration,
+    /// See [`Defaults::freeze_budget`].
+    pub freeze_budget: Duration,
+    /// See [`Defaults::freeze_limit`].
+    pub freeze_limit: Duration,
+    /// See [`Defaults::over_budget`].
+    pub over_budget: OverBudget,
     /// Originals.
     pub save_area: SaveArea,
 }
@@ -303,6 +346,9 @@ impl Default for Defaults {
             max_read_rate: None,
             max_age: Duration::from_secs(26 * 3600),
             hold_deadline: Duration::from_millis(500),
+            freeze_budget: Duration::from_millis(100),
+            freeze_limit: Duration::from_secs(5),
+            over_budget: OverBudget::GiveUp,
             save_area: SaveArea::default(),
         }
     }

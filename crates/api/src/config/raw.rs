@@ -1,7 +1,7 @@
 //! The files as they are written, and how they become checked values.
 
 use super::{
-    Attach, Config, ConfigError, Defaults, Keep, Mode, Overflow, Overrides, ReadFiles,
+    Attach, Config, ConfigError, Defaults, Keep, Mode, OverBudget, Overflow, Overrides, ReadFiles,
     RepositoryConfig, SaveArea, SavePlace, VolumeConfig, of_word,
 };
 use crate::name::Name;
@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use toml::Spanned;
 
 type Text = Option<Spanned<String>>;
@@ -39,6 +40,9 @@ struct RawDefaults {
     max_read_rate: Text,
     max_age: Text,
     hold_deadline: Text,
+    freeze_budget: Text,
+    freeze_limit: Text,
+    over_budget: Text,
     save_area: Option<RawSaveArea>,
 }
 
@@ -67,6 +71,9 @@ struct RawVolume {
     max_read_rate: Text,
     max_age: Text,
     hold_deadline: Text,
+    freeze_budget: Text,
+    freeze_limit: Text,
+    over_budget: Text,
     save_area: Option<RawSaveArea>,
 }
 
@@ -305,29 +312,50 @@ fn apply_defaults(
         &raw.hold_deadline,
         parse_duration,
     )?;
+    let usual = (
+        defaults.freeze_budget,
+        defaults.freeze_limit,
+        defaults.over_budget,
+    );
+    let said = (&raw.freeze_budget, &raw.freeze_limit, &raw.over_budget);
+    (
+        defaults.freeze_budget,
+        defaults.freeze_limit,
+        defaults.over_budget,
+    ) = freeze(source, said, usual)?;
     if let Some(area) = &raw.save_area {
         save_area(source, area, &mut defaults.save_area)?;
     }
     Ok(())
 }
 
-fn volume(source: &Source, name: Name, defaults: &Defaults) -> Result<VolumeConfig, ConfigError> {
-    let raw: RawVolume = source.parse()?;
-    let mut volume = VolumeConfig {
+/// A volume of which only name and device are said.
+fn unsaid(name: Name, device: PathBuf, defaults: &Defaults) -> VolumeConfig {
+    VolumeConfig {
         name,
-        device: absolute(raw.device.get_ref())
-            .map_err(|e| source.wrong("device", &raw.device, e))?,
+        device,
         mode: defaults.mode,
         attach: Attach::Boot,
-        exclusive: raw.exclusive.unwrap_or(false),
+        exclusive: false,
         block_size: defaults.block_size,
-        grain: BlockSize::DEFAULT,
+        grain: defaults.grain_of(defaults.mode, defaults.block_size),
         repository: defaults.repository.clone(),
         max_read_rate: defaults.max_read_rate,
         max_age: defaults.max_age,
         hold_deadline: defaults.hold_deadline,
+        freeze_budget: defaults.freeze_budget,
+        freeze_limit: defaults.freeze_limit,
+        over_budget: defaults.over_budget,
         save_area: defaults.save_area.clone(),
-    };
+    }
+}
+
+fn volume(source: &Source, name: Name, defaults: &Defaults) -> Result<VolumeConfig, ConfigError> {
+    let raw: RawVolume = source.parse()?;
+    let device =
+        absolute(raw.device.get_ref()).map_err(|e| source.wrong("device", &raw.device, e))?;
+    let mut volume = unsaid(name, device, defaults);
+    volume.exclusive = raw.exclusive.unwrap_or(false);
     let mut bit = defaults.grain;
     source.set(&mut volume.mode, "mode", &raw.mode, |w| {
         word(Mode::WORDS, w)
@@ -361,6 +389,17 @@ fn volume(source: &Source, name: Name, defaults: &Defaults) -> Result<VolumeConf
         &raw.hold_deadline,
         parse_duration,
     )?;
+    let usual = (
+        volume.freeze_budget,
+        volume.freeze_limit,
+        volume.over_budget,
+    );
+    let said = (&raw.freeze_budget, &raw.freeze_limit, &raw.over_budget);
+    (
+        volume.freeze_budget,
+        volume.freeze_limit,
+        volume.over_budget,
+    ) = freeze(source, said, usual)?;
     if let Some(area) = &raw.save_area {
         save_area(source, area, &mut volume.save_area)?;
     }
@@ -370,11 +409,11 @@ fn volume(source: &Source, name: Name, defaults: &Defaults) -> Result<VolumeConf
         bit,
         &[&raw.grain, &raw.block_size],
     )?;
-    volume.grain = bit.unwrap_or(volume.block_size);
     if volume.mode == Mode::Auto {
-        // Decided once, by `volume add`; a file by hand that leaves it out gets the one mode there is.
+        // Decided once, by `volume add`; a file by hand that leaves it out gets the one that any device can have.
         volume.mode = Mode::Fuse;
     }
+    volume.grain = bit.unwrap_or_else(|| defaults.grain_of(volume.mode, volume.block_size));
     Ok(volume)
 }
 
@@ -443,6 +482,31 @@ fn save_area(source: &Source, raw: &RawSaveArea, to: &mut SaveArea) -> Result<()
         &raw.wait_limit,
         parse_duration,
     )
+}
+
+/// What is said about freezes over what is usual: `freeze_budget`, `freeze_limit`, `over_budget`.
+fn freeze(
+    source: &Source,
+    (budget, limit, over): (&Text, &Text, &Text),
+    usual: (Duration, Duration, OverBudget),
+) -> Result<(Duration, Duration, OverBudget), ConfigError> {
+    let (mut longest, mut end, mut policy) = usual;
+    source.set(&mut longest, "freeze_budget", budget, parse_duration)?;
+    source.set(&mut end, "freeze_limit", limit, parse_duration)?;
+    source.set(&mut policy, "over_budget", over, |w| {
+        word(OverBudget::WORDS, w)
+    })?;
+    let said = [("freeze_budget", budget), ("freeze_limit", limit)];
+    for (key, text) in said {
+        if let Some(text) = text
+            && longest > end
+        {
+            let (longest, end) = (longest.as_millis(), end.as_millis());
+            let message = format!("a budget of {longest} ms is more than the limit of {end} ms");
+            return Err(source.wrong(key, text, message));
+        }
+    }
+    Ok((longest, end, policy))
 }
 
 fn fits(

@@ -66,7 +66,7 @@ fn the_example_says_the_defaults() {
         .lines()
         .filter(|l| l.contains(" = ") && !l.starts_with('#'))
         .count();
-    assert_eq!(keys, 18);
+    assert_eq!(keys, 21);
 }
 
 #[test]
@@ -139,6 +139,51 @@ fn volumes_take_the_defaults_they_do_not_change() {
 }
 
 #[test]
+fn watch_has_a_finer_grain_and_its_freezes() {
+    let grain = |defaults: &str, volume: &str| {
+        let config = load(&[
+            (DEFAULT_FILE, defaults),
+            ("/etc/blktide/volumes.d/data.toml", volume),
+        ])
+        .unwrap();
+        let data = config.volumes[&Name::new("data").unwrap()].clone();
+        assert_eq!(
+            volume_file(&data, &config.defaults).contains("grain"),
+            volume.contains("grain"),
+            "what the defaults say is not said again"
+        );
+        data.grain.bytes()
+    };
+    assert_eq!(grain("", "device='/a'\nmode='watch'"), 4096);
+    assert_eq!(grain("", "device='/a'\nmode='fuse'"), 65536);
+    let coarse = "[defaults]\ngrain='16k'";
+    assert_eq!(grain(coarse, "device='/a'\nmode='watch'"), 16384);
+    let own = "device='/a'\nmode='watch'\ngrain='64k'";
+    assert_eq!(grain(coarse, own), 65536);
+
+    let config = load(&[
+        (DEFAULT_FILE, "[defaults]\nfreeze_budget='50 ms'"),
+        ("/etc/blktide/volumes.d/data.toml", "device='/a'\nmode='watch'"),
+        (
+            "/etc/blktide/volumes.d/own.toml",
+            "device='/b'\nmode='watch'\nfreeze_budget='1 s'\nfreeze_limit='2 s'\nover_budget='longer'",
+        ),
+    ])
+    .unwrap();
+    let of = |name| {
+        let volume = &config.volumes[&Name::new(name).unwrap()];
+        (
+            volume.freeze_budget,
+            volume.freeze_limit,
+            volume.over_budget,
+        )
+    };
+    let (ms, s) = (Duration::from_millis, Duration::from_secs);
+    assert_eq!(of("data"), (ms(50), s(5), OverBudget::GiveUp));
+    assert_eq!(of("own"), (s(1), s(2), OverBudget::Longer));
+}
+
+#[test]
 fn errors_name_file_and_line() {
     let at = |text| error(&[(DEFAULT_FILE, text)]);
     assert!(
@@ -182,6 +227,14 @@ fn errors_name_file_and_line() {
     );
     assert!(
         error(&[("/etc/blktide/repositories.d/x.toml", "path='s3://b'")]).contains("only folders")
+    );
+    assert_eq!(
+        at("[defaults]\nfreeze_limit='10 ms'"),
+        "/etc/blktide/blktide.toml:2: freeze_limit: a budget of 100 ms is more than the limit of 10 ms"
+    );
+    assert_eq!(
+        at("[defaults]\nover_budget='wait'"),
+        "/etc/blktide/blktide.toml:2: over_budget: 'wait' is none of give-up, longer"
     );
 }
 

@@ -27,7 +27,8 @@ pub fn volume_file(volume: &VolumeConfig, defaults: &super::Defaults) -> String 
             exact_size(volume.block_size.bytes_u64())
         ));
     }
-    if volume.grain != defaults.grain.unwrap_or(volume.block_size) {
+    let unsaid = defaults.grain_of(volume.mode, volume.block_size);
+    if volume.grain != defaults.grain.unwrap_or(unsaid) {
         line(format!(
             "grain = \"{}\"",
             exact_size(volume.grain.bytes_u64())

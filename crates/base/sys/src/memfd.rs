@@ -17,19 +17,29 @@ pub struct Memfd {
     bytes: u64,
 }
 
+/// A file in memory that grows as it is written, for what has no better place. It may be swapped out.
+pub fn growing(name: &str) -> Result<std::fs::File> {
+    memory_file(name).map(std::fs::File::from)
+}
+
+fn memory_file(name: &str) -> Result<OwnedFd> {
+    let error = |e: io::Error| SysError::call("memfd_create", name, e);
+    let c_name = CString::new(name).map_err(|e| error(e.into()))?;
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    // MFD_NOEXEC_SEAL (6.3) says that this is not a program; older kernels do not know it.
+    let no_exec = MFdFlags::from_bits_retain(MFD_NOEXEC_SEAL);
+    memfd_create(c_name.as_c_str(), flags | no_exec)
+        .or_else(|_| memfd_create(c_name.as_c_str(), flags))
+        .map_err(|e| error(e.into()))
+}
+
 impl Memfd {
     /// `bytes` zero bytes, named `name` in /proc only, mode 0600, of fixed size for ever.
     ///
     /// Takes no memory until touched (see [`Self::allocate`]).
     pub fn create(name: &str, bytes: u64) -> Result<Self> {
         let error = |call: &'static str, e: io::Error| SysError::call(call, name, e);
-        let c_name = CString::new(name).map_err(|e| error("memfd_create", e.into()))?;
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        // MFD_NOEXEC_SEAL (6.3) says that this is not a program; older kernels do not know it.
-        let no_exec = MFdFlags::from_bits_retain(MFD_NOEXEC_SEAL);
-        let fd = memfd_create(c_name.as_c_str(), flags | no_exec)
-            .or_else(|_| memfd_create(c_name.as_c_str(), flags))
-            .map_err(|e| error("memfd_create", e.into()))?;
+        let fd = memory_file(name)?;
         let size = i64::try_from(bytes).map_err(|e| error("ftruncate", io::Error::other(e)))?;
         nix::sys::stat::fchmod(&fd, nix::sys::stat::Mode::from_bits_truncate(0o600))
             .map_err(|e| error("fchmod", e.into()))?;

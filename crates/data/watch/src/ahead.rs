@@ -28,6 +28,7 @@ use blktide_volume::error::Refusal;
 use blktide_volume::message::Distrust;
 use blktide_volume::{VolumeError, VolumeOptions};
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -40,6 +41,8 @@ use crate::tracker::{Watched, engine_error, io_at, refused};
 const LAST_BYTES_MAX: u64 = 256 << 20;
 /// What a freeze costs beside the copying, as far as it is known before: the file system's own flush.
 const FREEZE_CALL: Duration = Duration::from_millis(20);
+/// How much quicker several readers are than one, at least.
+const QUEUE_GAIN: u64 = 2;
 /// A round that reads less says nothing of the device's speed.
 const TELLING_BYTES: u64 = 4 << 20;
 
@@ -107,6 +110,9 @@ pub struct Ahead {
     distrust: Option<Distrust>,
     bio_based: bool,
     first: BlockSet,
+    /// Of this round: bytes read, and the time that all threads together took for it.
+    read_bytes: AtomicU64,
+    read_nanos: AtomicU64,
     state: Arc<Mutex<State>>,
 }
 
@@ -181,6 +187,8 @@ impl Ahead {
                 longest,
             })),
             first,
+            read_bytes: AtomicU64::new(0),
+            read_nanos: AtomicU64::new(0),
         })
     }
 
@@ -210,7 +218,14 @@ impl Ahead {
         range: BlockRange,
         buf: &mut [u8],
     ) -> Result<Vec<BlockOutcome>, SourceError> {
-        self.reader.read(range, buf)
+        let from = SystemClock.now();
+        let outcomes = self.reader.read(range, buf);
+        let took = SystemClock.now().since(from).as_nanos();
+        let took = u64::try_from(took).unwrap_or(u64::MAX);
+        let bytes = u64::try_from(buf.len()).unwrap_or(u64::MAX);
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.read_nanos.fetch_add(took, Ordering::Relaxed);
+        outcomes
     }
 
     /// The longest that the volume stood still so far.
@@ -218,18 +233,28 @@ impl Ahead {
         self.lock().longest
     }
 
-    /// Ends a round in which `bytes` were read in `time`.
+    /// Ends a round; no read is under way.
     ///
     /// Errors: `Revoked` with `distrusted` if something was seen that makes every copy doubtful; `Io`. Nothing is lost by it.
-    pub fn next(&self, bytes: u64, time: Duration) -> Result<Next, SourceError> {
+    pub fn next(&self) -> Result<Next, SourceError> {
+        self.next_with(&mut || {})
+    }
+
+    /// As [`Self::next`]; `at_the_instant` is called while the volume stands still, after all that belongs to the image has been
+    /// read. It must be quick, and write to nothing that may be frozen.
+    pub fn next_with(&self, at_the_instant: &mut dyn FnMut()) -> Result<Next, SourceError> {
         let mut state = self.lock();
         let state = &mut *state;
         state.round = state.round.saturating_add(1);
+        let bytes = self.read_bytes.swap(0, Ordering::Relaxed);
+        let nanos = self.read_nanos.swap(0, Ordering::Relaxed);
         if bytes >= TELLING_BYTES || state.speed.is_none() {
-            state.speed = Some(per_second(bytes.max(1), time));
+            // Of one thread that reads; in the freeze there are several, and a queue is quicker by some.
+            let one = per_second(bytes.max(1), Duration::from_nanos(nanos));
+            state.speed = Some(one.saturating_mul(QUEUE_GAIN));
         }
         if let Some(mut quiet) = state.quiet.take() {
-            return self.instant(state, &mut quiet);
+            return self.instant(state, &mut quiet, at_the_instant);
         }
         let mut dirty = self.drain(state)?;
         if !self.fits(state, &dirty) && state.round < self.limits.rounds {
@@ -280,7 +305,12 @@ impl Ahead {
     }
 
     /// The freeze. Nothing is logged, opened or written to a file system of anybody's between its begin and its end.
-    fn instant(&self, state: &mut State, quiet: &mut Quiet) -> Result<Next, SourceError> {
+    fn instant(
+        &self,
+        state: &mut State,
+        quiet: &mut Quiet,
+        at_the_instant: &mut dyn FnMut(),
+    ) -> Result<Next, SourceError> {
         let clock = SystemClock;
         let (opens, at) = (state.watched.fresh(), clock.wall());
         let prepared = state
@@ -297,6 +327,9 @@ impl Ahead {
             .map_err(source)?;
         let frozen = self.take_last(state, &standing, (room, memory), &prepared);
         let wall = clock.wall();
+        if matches!(frozen, Ok(Taken::All(..))) {
+            at_the_instant();
+        }
         let (longest, whole) = standing.end();
         state.longest = state.longest.max(longest);
         let taken = frozen?;
@@ -372,6 +405,52 @@ impl Ahead {
             .open_prepared(prepared)
             .map_err(|e| source(engine_error(e)))?;
         Ok(Taken::All(last, dirty))
+    }
+
+    /// Opens the next generation in a short freeze, for an instant that somebody else keeps and that comes after it. Returns its name.
+    ///
+    /// Errors: `Revoked` with `distrusted`, `Io`; then none was opened, or one that no image names.
+    pub(crate) fn open_generation(&self) -> Result<GenerationName, SourceError> {
+        let mut state = self.lock();
+        let state = &mut *state;
+        let mut quiet = Quiet::of(&self.options).map_err(source)?;
+        quiet.sync();
+        let opens = state.watched.fresh();
+        let prepared = state
+            .watched
+            .control
+            .prepare_generation(opens, SystemClock.wall(), self.base)
+            .map_err(|e| source(engine_error(e)))?;
+        let standing = quiet
+            .begin(&self.options, self.limits.limit)
+            .map_err(source)?;
+        let dirty = state.watched.drain();
+        state.add(&dirty);
+        let occasion = (standing.is_quiet(), Occasion::Closing);
+        let believed = state.watched.check(&state.target, occasion);
+        let opened = believed.then(|| state.watched.control.open_prepared(&prepared));
+        let (longest, whole) = standing.end();
+        state.longest = state.longest.max(longest);
+        let Some(opened) = opened.filter(|_| whole) else {
+            return Err(SourceError::Revoked(RevokeCause::Distrusted));
+        };
+        opened.map_err(|e| source(engine_error(e)))?;
+        state.watched.control.settle();
+        Ok(opens)
+    }
+
+    /// What is wanted of an image whose instant was between [`Self::open_generation`] and now, and what has changed.
+    pub(crate) fn after_the_instant(&self) -> Result<(BlockSet, Option<BlockSet>), SourceError> {
+        let mut state = self.lock();
+        let state = &mut *state;
+        let dirty = state.watched.drain();
+        state.add(&dirty);
+        Ok((state.wanted.clone(), state.changed.clone()))
+    }
+
+    /// See [`InstantImage::trust`].
+    pub(crate) fn trust(&self, opened: GenerationName) -> bool {
+        self.lock().watched.trust(opened)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

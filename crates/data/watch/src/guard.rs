@@ -214,9 +214,8 @@ impl Guard {
         match (thawed.error.map(FreezeError::of_thaw), thawed.by) {
             (None, By::Asked) => Ok(Thawed { call, frozen }),
             (None, By::Limit) => Err(GuardError::Expired { frozen }),
-            (None, By::End | By::Fault) => Err(self.lost()),
             (Some(FreezeError::NotFrozen), _) => Err(GuardError::ThawedByAnother),
-            (Some(_), _) => Err(self.lost()),
+            (None, By::End | By::Fault) | (Some(_), _) => Err(self.lost()),
         }
     }
 
@@ -305,7 +304,8 @@ impl Frozen<'_> {
         socket.is_none_or(|s| wait_readable(s, Some(Duration::ZERO)).unwrap_or(true))
     }
 
-    /// Thaws it. `Ok`: it was frozen all the time until now.
+    /// Thaws it. `Ok`: it was frozen all the time until now. (Only somebody who thaws it and freezes it again is not noticed:
+    /// the kernel tells no difference.)
     pub fn thaw(mut self) -> Result<Thawed, GuardError> {
         self.over = true;
         self.guard.thaw(self.call)

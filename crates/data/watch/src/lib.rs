@@ -21,6 +21,7 @@ pub mod guard;
 mod marker;
 mod marks;
 mod memory;
+mod native;
 mod pins;
 mod quiet;
 mod target;
@@ -28,6 +29,7 @@ mod tracker;
 
 pub use ahead::{Ahead, AheadRequest, FreezeLimits, InstantImage, Next, OverBudget};
 pub use attach::{Attached, Detached, InUse, attach, detach};
+pub use native::{Native, NativeImage};
 pub use pins::{BPFFS, Pins};
 pub use target::{Obstacle, Target};
 pub use tracker::Watched;

@@ -159,7 +159,10 @@ impl Standing<'_> {
                 let (mut longest, mut whole) = (Duration::ZERO, true);
                 while let Some(one) = all.pop() {
                     match one.thaw() {
-                        Ok(thawed) => longest = longest.max(thawed.frozen),
+                        // Writers wait from the beginning of the call.
+                        Ok(thawed) => {
+                            longest = longest.max(thawed.call.saturating_add(thawed.frozen))
+                        }
                         Err(_) => whole = false,
                     }
                 }

@@ -56,10 +56,11 @@ impl Asker {
     }
 
     fn over(&self) -> (u64, By, Option<Errno>) {
-        match self.hear() {
-            Reply::Thawed(over) => (over.number, over.by, over.error),
-            other => panic!("{other:?}"),
-        }
+        let heard = self.hear();
+        let Reply::Thawed(over) = heard else {
+            panic!("{heard:?}");
+        };
+        (over.number, over.by, over.error)
     }
 
     fn ends(&mut self) {
