@@ -233,10 +233,6 @@ fn plan(add: &Add, config: &Config, found: &Found) -> Result<VolumeConfig, Failu
             ))
         })?,
     };
-    let grain = defaults
-        .grain
-        .filter(|grain| grain.shift() <= block_size.shift())
-        .unwrap_or(block_size);
     let flusher_refused = std::thread::spawn(|| blktide_sys::process::set_io_flusher().is_err())
         .join()
         .unwrap_or(true);
@@ -251,7 +247,7 @@ fn plan(add: &Add, config: &Config, found: &Found) -> Result<VolumeConfig, Failu
         },
         exclusive: false,
         block_size,
-        grain,
+        grain: defaults.grain_of(Mode::Fuse, block_size),
         repository: add
             .repository
             .clone()
@@ -259,6 +255,10 @@ fn plan(add: &Add, config: &Config, found: &Found) -> Result<VolumeConfig, Failu
         max_read_rate: defaults.max_read_rate,
         max_age: defaults.max_age,
         hold_deadline: defaults.hold_deadline,
+        freeze_budget: defaults.freeze_budget,
+        freeze_limit: defaults.freeze_limit,
+        over_budget: defaults.over_budget,
+        instant: defaults.instant,
         save_area: defaults.save_area.clone(),
     })
 }

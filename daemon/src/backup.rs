@@ -412,7 +412,7 @@ fn committed(checked: &Checked, source: &dyn Source, seen: &Seen, report: &Backu
         match source.trust() {
             Ok(true) => {}
             Ok(false) => {
-                tracing::warn!(volume = %name, "what the full image covers was distrusted again meanwhile")
+                tracing::warn!(volume = %name, "what the full image covers was distrusted again meanwhile");
             }
             Err(error) => {
                 tracing::warn!(volume = %name, %error, "the tracker could not be told of the full image");

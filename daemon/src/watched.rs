@@ -2,7 +2,7 @@
 //! instant, read from that.
 
 use crate::source::Source;
-use blktide_api::config::{OverBudget, SavePlace, VolumeConfig};
+use blktide_api::config::{Instant, OverBudget, SavePlace, VolumeConfig};
 use blktide_job::source::{
     BeginError, Begun, CopyAhead, Round, RoundCost, SnapshotAsk, SnapshotCost, SnapshotSource,
     TrackerSays,
@@ -82,7 +82,16 @@ impl WatchSource {
 
     /// The volume manager's snapshot, if one is to be taken.
     fn native(&self) -> Result<Option<Native>, BeginError> {
-        Ok(Native::of(&self.options).filter(Native::is_safe))
+        match self.config.instant {
+            Instant::Freeze => Ok(None),
+            Instant::Auto => Ok(Native::of(&self.options).filter(Native::is_safe)),
+            Instant::Lvm => {
+                let native = Native::of(&self.options);
+                let why = "instant = \"lvm\": it is no logical volume, or its group has no room for a snapshot (a tenth of it, 1 GiB at least)";
+                let lacks = || BeginError::Io(io::Error::other(why));
+                native.ok_or_else(lacks).map(Some)
+            }
+        }
     }
 
     fn limits(&self) -> FreezeLimits {
@@ -161,6 +170,8 @@ impl SnapshotSource for WatchSource {
 
     fn copy_ahead(&self, ask: &SnapshotAsk) -> Result<Option<Box<dyn CopyAhead>>, BeginError> {
         let native = self.native()?;
+        // A second try of the same backup: what the first one held is the volume's control side.
+        self.release();
         let request = AheadRequest {
             base: ask.base,
             absent: ask.absent.clone(),

@@ -101,6 +101,30 @@ impl Mode {
     }
 }
 
+/// Mode `watch`: what keeps the instant of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Instant {
+    /// A snapshot of a thin logical volume where there is one, else a freeze.
+    Auto,
+    /// A freeze, after copying ahead.
+    Freeze,
+    /// A snapshot of LVM's.
+    Lvm,
+}
+
+impl Instant {
+    const WORDS: &[(Self, &str)] = &[
+        (Self::Auto, "auto"),
+        (Self::Freeze, "freeze"),
+        (Self::Lvm, "lvm"),
+    ];
+
+    /// The word of the interface.
+    pub fn word(self) -> &'static str {
+        word_of(Self::WORDS, self)
+    }
+}
+
 /// When a volume is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attach {
@@ -215,6 +239,8 @@ pub struct Defaults {
     pub freeze_limit: Duration,
     /// Mode `watch`: what is done if the budget cannot be kept.
     pub over_budget: OverBudget,
+    /// Mode `watch`: what keeps the instant of an image.
+    pub instant: Instant,
     /// Originals.
     pub save_area: SaveArea,
 }
@@ -263,6 +289,8 @@ pub struct VolumeConfig {
     pub freeze_limit: Duration,
     /// See [`Defaults::over_budget`].
     pub over_budget: OverBudget,
+    /// See [`Defaults::instant`].
+    pub instant: Instant,
     /// Originals.
     pub save_area: SaveArea,
 }
@@ -349,6 +377,7 @@ impl Default for Defaults {
             freeze_budget: Duration::from_millis(100),
             freeze_limit: Duration::from_secs(5),
             over_budget: OverBudget::GiveUp,
+            instant: Instant::Auto,
             save_area: SaveArea::default(),
         }
     }

@@ -1,8 +1,8 @@
 //! The files as they are written, and how they become checked values.
 
 use super::{
-    Attach, Config, ConfigError, Defaults, Keep, Mode, OverBudget, Overflow, Overrides, ReadFiles,
-    RepositoryConfig, SaveArea, SavePlace, VolumeConfig, of_word,
+    Attach, Config, ConfigError, Defaults, Instant, Keep, Mode, OverBudget, Overflow, Overrides,
+    ReadFiles, RepositoryConfig, SaveArea, SavePlace, VolumeConfig, of_word,
 };
 use crate::name::Name;
 use crate::unit::{MinFree, parse_duration, parse_rate, parse_size};
@@ -43,6 +43,7 @@ struct RawDefaults {
     freeze_budget: Text,
     freeze_limit: Text,
     over_budget: Text,
+    instant: Text,
     save_area: Option<RawSaveArea>,
 }
 
@@ -74,6 +75,7 @@ struct RawVolume {
     freeze_budget: Text,
     freeze_limit: Text,
     over_budget: Text,
+    instant: Text,
     save_area: Option<RawSaveArea>,
 }
 
@@ -323,6 +325,9 @@ fn apply_defaults(
         defaults.freeze_limit,
         defaults.over_budget,
     ) = freeze(source, said, usual)?;
+    source.set(&mut defaults.instant, "instant", &raw.instant, |w| {
+        word(Instant::WORDS, w)
+    })?;
     if let Some(area) = &raw.save_area {
         save_area(source, area, &mut defaults.save_area)?;
     }
@@ -346,6 +351,7 @@ fn unsaid(name: Name, device: PathBuf, defaults: &Defaults) -> VolumeConfig {
         freeze_budget: defaults.freeze_budget,
         freeze_limit: defaults.freeze_limit,
         over_budget: defaults.over_budget,
+        instant: defaults.instant,
         save_area: defaults.save_area.clone(),
     }
 }
@@ -400,6 +406,9 @@ fn volume(source: &Source, name: Name, defaults: &Defaults) -> Result<VolumeConf
         volume.freeze_limit,
         volume.over_budget,
     ) = freeze(source, said, usual)?;
+    source.set(&mut volume.instant, "instant", &raw.instant, |w| {
+        word(Instant::WORDS, w)
+    })?;
     if let Some(area) = &raw.save_area {
         save_area(source, area, &mut volume.save_area)?;
     }

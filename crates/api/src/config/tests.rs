@@ -66,7 +66,7 @@ fn the_example_says_the_defaults() {
         .lines()
         .filter(|l| l.contains(" = ") && !l.starts_with('#'))
         .count();
-    assert_eq!(keys, 21);
+    assert_eq!(keys, 22);
 }
 
 #[test]
@@ -235,6 +235,10 @@ fn errors_name_file_and_line() {
     assert_eq!(
         at("[defaults]\nover_budget='wait'"),
         "/etc/blktide/blktide.toml:2: over_budget: 'wait' is none of give-up, longer"
+    );
+    assert_eq!(
+        at("[defaults]\ninstant='now'"),
+        "/etc/blktide/blktide.toml:2: instant: 'now' is none of auto, freeze, lvm"
     );
 }
 

@@ -459,9 +459,11 @@ impl Attempt<'_> {
         let begun = &prepared.begun;
         let incremental = prepared.reason.is_none();
         let changed = begun.snapshot.changed().filter(|_| incremental).cloned();
-        let changed_bytes = changed
-            .as_ref()
-            .map_or(taken.read_bytes, |set| prepared.reading.bytes_of(set));
+        // Of a volume that is copied ahead more is read than it has.
+        let wanted = begun.snapshot.wanted();
+        let changed_bytes = prepared
+            .reading
+            .bytes_of(changed.as_ref().unwrap_or(wanted));
         let cost = self.request.source.cost(begun.id);
         let clock = &self.environment.clock;
         ImageFacts {

@@ -108,7 +108,6 @@ pub struct Ahead {
     base: Option<GenerationName>,
     resolved: bool,
     distrust: Option<Distrust>,
-    bio_based: bool,
     first: BlockSet,
     /// Of this round: bytes read, and the time that all threads together took for it.
     read_bytes: AtomicU64,
@@ -175,7 +174,6 @@ impl Ahead {
             base: request.base,
             resolved,
             distrust,
-            bio_based: target.bio_based,
             state: Arc::new(Mutex::new(State {
                 watched,
                 target,
@@ -273,7 +271,7 @@ impl Ahead {
 
     /// Swaps, and takes what is dirty.
     fn drain(&self, state: &mut State) -> Result<BlockSet, SourceError> {
-        let limits = (&self.limits, self.bio_based);
+        let limits = (&self.limits, state.target.bio_based);
         let dirty = swap(&mut state.watched, limits, &mut state.longest).map_err(source)?;
         state.add(&dirty);
         Ok(dirty)
@@ -323,14 +321,14 @@ impl Ahead {
         let memory = Last::memory_for(&self.reader.geometry, room);
         let began = clock.now();
         let standing = quiet
-            .begin(&self.options, self.limits.limit)
+            .begin(&state.watched, self.limits.limit)
             .map_err(source)?;
         let frozen = self.take_last(state, &standing, (room, memory), &prepared);
         let wall = clock.wall();
         if matches!(frozen, Ok(Taken::All(..))) {
             at_the_instant();
         }
-        let (longest, whole) = standing.end();
+        let (longest, whole) = standing.end(&state.watched);
         state.longest = state.longest.max(longest);
         let taken = frozen?;
         let Taken::All(last, set) = taken else {
@@ -422,14 +420,14 @@ impl Ahead {
             .prepare_generation(opens, SystemClock.wall(), self.base)
             .map_err(|e| source(engine_error(e)))?;
         let standing = quiet
-            .begin(&self.options, self.limits.limit)
+            .begin(&state.watched, self.limits.limit)
             .map_err(source)?;
         let dirty = state.watched.drain();
         state.add(&dirty);
         let occasion = (standing.is_quiet(), Occasion::Closing);
         let believed = state.watched.check(&state.target, occasion);
         let opened = believed.then(|| state.watched.control.open_prepared(&prepared));
-        let (longest, whole) = standing.end();
+        let (longest, whole) = standing.end(&state.watched);
         state.longest = state.longest.max(longest);
         let Some(opened) = opened.filter(|_| whole) else {
             return Err(SourceError::Revoked(RevokeCause::Distrusted));
@@ -440,12 +438,12 @@ impl Ahead {
     }
 
     /// What is wanted of an image whose instant was between [`Self::open_generation`] and now, and what has changed.
-    pub(crate) fn after_the_instant(&self) -> Result<(BlockSet, Option<BlockSet>), SourceError> {
+    pub(crate) fn after_the_instant(&self) -> (BlockSet, Option<BlockSet>) {
         let mut state = self.lock();
         let state = &mut *state;
         let dirty = state.watched.drain();
         state.add(&dirty);
-        Ok((state.wanted.clone(), state.changed.clone()))
+        (state.wanted.clone(), state.changed.clone())
     }
 
     /// See [`InstantImage::trust`].
@@ -497,9 +495,9 @@ fn swap(
         return Err(refused(Refusal::Unwatchable, message));
     }
     quiet.sync();
-    let standing = quiet.begin(&options, limits.limit)?;
+    let standing = quiet.begin(watched, limits.limit)?;
     let dirty = watched.drain();
-    let (time, whole) = standing.end();
+    let (time, whole) = standing.end(watched);
     *longest = (*longest).max(time);
     if whole {
         return Ok(dirty);

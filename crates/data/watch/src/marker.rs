@@ -85,7 +85,7 @@ impl Marker {
 
 fn create(plan: &Plan<'_>) -> Result<Ebpf, aya::EbpfError> {
     let (disk, target) = (plan.target.disk, plan.target);
-    let partition = if target.is_partition {
+    let partition = if target.is_partition() {
         // As the kernel packs a device's number.
         target.number.major << 20 | target.number.minor
     } else {

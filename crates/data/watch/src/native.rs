@@ -201,7 +201,7 @@ impl NativeImage {
             .create(number & 0xffff_ffff)
             .map_err(|e| SourceError::Io(io::Error::other(e)))?;
         let instant = SystemClock.wall();
-        let (wanted, changed) = ahead.after_the_instant()?;
+        let (wanted, changed) = ahead.after_the_instant();
         let device =
             fs::open_direct_read(&made.path).map_err(|e| SourceError::Io(io::Error::other(e)))?;
         Ok(Self {

@@ -9,17 +9,19 @@
 //! **Invariant**: while it stands still nothing of ours writes to a file system, logs, or opens a file.
 
 use blktide_format::manifest::Consistency;
-use blktide_sys::blockdev::BlockDevice;
+use blktide_sys::blockdev::{BlockDevice, thaw};
+use blktide_sys::clock::SystemClock;
 use blktide_sys::fence::Fenced;
 use blktide_sys::fs;
 use blktide_sys::mounts::{DeviceNumber, Reachable};
+use blktide_types::clock::Clock;
 use blktide_volume::{VolumeError, VolumeOptions};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use crate::attach::fence;
 use crate::guard::{Frozen, Guard};
-use crate::tracker::io_at;
+use crate::tracker::{Watched, io_at};
 use blktide_sys::spawn::Program;
 
 /// Longest that the freeze call itself may take: it writes what is dirty.
@@ -34,6 +36,18 @@ pub(crate) enum Quiet {
     Fence,
     /// Not at all.
     Impossible,
+}
+
+/// Thaws what a control side has left frozen that was killed together with its guards. What is not frozen stays as it is.
+pub(crate) fn thaw_left_over(options: &VolumeOptions) {
+    let device = BlockDevice::at(&options.device);
+    let mounts = device.and_then(|d| d.mounts_anywhere()).unwrap_or_default();
+    for mount in mounts {
+        if let Ok(folder) = mount.open() {
+            // It was not frozen, or it is thawed now; there is nobody to tell.
+            drop(thaw(&folder));
+        }
+    }
 }
 
 /// A file system that can be frozen.
@@ -98,6 +112,19 @@ impl Quiet {
     /// Stands still from here on, for `limit` at most. Waits: for the file system's own flush.
     pub(crate) fn begin(
         &mut self,
+        watched: &Watched,
+        limit: Duration,
+    ) -> Result<Standing<'_>, VolumeError> {
+        if let Self::Freeze(_) = self {
+            // Said before, so that whoever comes after us and our guards knows.
+            watched.note_freeze(SystemClock.now().0.max(1));
+        }
+        let begun = self.stand_still(&watched.options, limit);
+        begun.inspect_err(|_| watched.note_freeze(0))
+    }
+
+    fn stand_still(
+        &mut self,
         options: &VolumeOptions,
         limit: Duration,
     ) -> Result<Standing<'_>, VolumeError> {
@@ -153,7 +180,13 @@ pub(crate) enum Standing<'a> {
 
 impl Standing<'_> {
     /// Goes on. Returns how long it stood still at most, and whether it did so until now.
-    pub(crate) fn end(self) -> (Duration, bool) {
+    pub(crate) fn end(self, watched: &Watched) -> (Duration, bool) {
+        let ended = self.go_on();
+        watched.note_freeze(0);
+        ended
+    }
+
+    fn go_on(self) -> (Duration, bool) {
         match self {
             Self::Frozen(mut all) => {
                 let (mut longest, mut whole) = (Duration::ZERO, true);
@@ -161,7 +194,7 @@ impl Standing<'_> {
                     match one.thaw() {
                         // Writers wait from the beginning of the call.
                         Ok(thawed) => {
-                            longest = longest.max(thawed.call.saturating_add(thawed.frozen))
+                            longest = longest.max(thawed.call.saturating_add(thawed.frozen));
                         }
                         Err(_) => whole = false,
                     }

@@ -21,8 +21,6 @@ pub struct Target {
     pub number: DeviceNumber,
     /// The disk that it is, or is a partition of: the events name this one.
     pub disk: DeviceNumber,
-    /// Whether it is a partition.
-    pub is_partition: bool,
     /// Where it begins on the disk, sectors of 512 bytes.
     pub start_sector: u64,
     /// Its size, sectors of 512 bytes.
@@ -108,6 +106,11 @@ impl std::fmt::Display for Obstacle {
 }
 
 impl Target {
+    /// Whether it is a partition.
+    pub fn is_partition(&self) -> bool {
+        self.number != self.disk
+    }
+
     /// Looks at the device at `path`; opens it for reading only.
     ///
     /// Errors: `Device` if it is no block device that could be a volume, `Io`.
@@ -136,7 +139,6 @@ impl Target {
             path: path.to_owned(),
             number: device.number(),
             disk: device.whole_disk().map_err(fail)?.number(),
-            is_partition: device.is_partition(),
             start_sector: device.start_sector().map_err(fail)?,
             sectors: device.bytes().map_err(fail)? / 512,
             bio_based: device.is_bio_based(),

@@ -8,7 +8,7 @@
 //! generation before, and the table of generations is right at each store.
 
 use blktide_engine::{Control, Engine, EngineError};
-use blktide_format::shared::{SharedError, control};
+use blktide_format::shared::{SharedError, control, watch};
 use blktide_sys::clock::{SystemClock, SystemRandom};
 use blktide_sys::event::pause;
 use blktide_sys::fs;
@@ -30,6 +30,7 @@ use crate::counters::Counters;
 use crate::marks::Marks;
 use crate::memory::{PinnedMemory, map};
 use crate::pins::{Pins, failed};
+use crate::quiet::thaw_left_over;
 
 /// How often a lock that is taken is tried again.
 const LOOK: Duration = Duration::from_millis(5);
@@ -102,6 +103,10 @@ impl Watched {
         watched.lock = Some(lock);
         let fresh = (watched.fresh(), SystemClock.wall());
         watched.control.adopt(fresh);
+        if watched.marks.word(watch::FROZEN_SINCE) != 0 {
+            thaw_left_over(options);
+            watched.note_freeze(0);
+        }
         if let Some(ended) = watched.marks.left_over() {
             watched.take_marks_of(ended, &mut |_| {});
         }
@@ -146,6 +151,11 @@ impl Watched {
     /// Unit of one bit that the kernel marks.
     pub const fn grain(&self) -> BlockSize {
         self.marks.shape().grain
+    }
+
+    /// Notes in the kernel's memory that a freeze of ours may have begun; 0: none has.
+    pub(crate) fn note_freeze(&self, since: u64) {
+        self.marks.set_word(watch::FROZEN_SINCE, since);
     }
 
     pub(crate) fn fresh(&self) -> GenerationName {
@@ -359,7 +369,7 @@ mod tests {
             blocks_of(&geometry, grain, (index, bits), &mut |b| found.push(b.0));
             found
         };
-        assert_eq!(blocks(0, 0), []);
+        assert_eq!(blocks(0, 0), Vec::<u64>::new());
         assert_eq!(blocks(0, u64::MAX), [0, 1, 2, 3]);
         assert_eq!(blocks(1, 1 << 15 | 1 << 16 | 1 << 63), [4, 5, 7]);
         assert_eq!(
