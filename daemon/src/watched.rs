@@ -11,6 +11,7 @@ use blktide_sys::blockdev::{self, BlockDevice};
 use blktide_sys::clock::SystemRandom;
 use blktide_sys::fs::{self, Unnamed};
 use blktide_sys::memfd;
+use blktide_sys::spawn::Program;
 use blktide_types::clock::Random as _;
 use blktide_types::geometry::Geometry;
 use blktide_types::id::{GenerationName, SnapshotId};
@@ -172,7 +173,9 @@ impl SnapshotSource for WatchSource {
         let native = self.native()?;
         // A second try of the same backup: what the first one held is the volume's control side.
         self.release();
+        let guard = Program::this().map_err(|e| BeginError::Io(io::Error::other(e)))?;
         let request = AheadRequest {
+            guard: Arc::new(guard),
             base: ask.base,
             absent: ask.absent.clone(),
             limits: self.limits(),

@@ -18,6 +18,7 @@ use blktide_engine::evidence::Occasion;
 use blktide_format::manifest::Consistency;
 use blktide_sys::clock::SystemClock;
 use blktide_sys::fs;
+use blktide_sys::spawn::Program;
 use blktide_types::clock::{Clock, WallTime};
 use blktide_types::geometry::Geometry;
 use blktide_types::id::GenerationName;
@@ -82,6 +83,8 @@ pub enum OverBudget {
 /// What a backup of a watched volume asks for.
 #[derive(Clone, Debug)]
 pub struct AheadRequest {
+    /// What thaw guards are started from: `blktided`.
+    pub guard: Arc<Program>,
     /// The generation that opened at the base image's instant.
     pub base: Option<GenerationName>,
     /// What the base has no content of.
@@ -103,6 +106,7 @@ pub enum Next {
 #[derive(Debug)]
 pub struct Ahead {
     options: VolumeOptions,
+    guard: Arc<Program>,
     reader: Arc<Reader>,
     limits: FreezeLimits,
     base: Option<GenerationName>,
@@ -145,11 +149,12 @@ impl Ahead {
             fs::open_direct_read(&options.device).map_err(io_at("open", &options.device))?;
         let geometry = watched.geometry();
         let mut longest = Duration::ZERO;
-        swap(
-            &mut watched,
-            (&request.limits, target.bio_based),
-            &mut longest,
-        )?;
+        let how = Still {
+            guard: &request.guard,
+            limit: request.limits.limit,
+            bio_based: target.bio_based,
+        };
+        swap(&mut watched, &how, &mut longest)?;
         watched.look_at_evidence(&target);
         let distrust = watched.distrusted();
         let resolved =
@@ -170,6 +175,7 @@ impl Ahead {
         Ok(Self {
             reader: Arc::new(Reader { device, geometry }),
             options: options.clone(),
+            guard: Arc::clone(&request.guard),
             limits: request.limits,
             base: request.base,
             resolved,
@@ -261,7 +267,7 @@ impl Ahead {
         if !self.fits(state, &dirty) && self.limits.over == OverBudget::GiveUp {
             return Err(SourceError::Io(self.too_much(&dirty)));
         }
-        let quiet = Quiet::of(&self.options).map_err(source)?;
+        let quiet = Quiet::of(&self.options, &self.guard).map_err(source)?;
         // A buffered writer's dirty pages are seconds of work: better now than in the freeze.
         quiet.sync();
         dirty.union_with(&self.drain(state)?);
@@ -271,8 +277,12 @@ impl Ahead {
 
     /// Swaps, and takes what is dirty.
     fn drain(&self, state: &mut State) -> Result<BlockSet, SourceError> {
-        let limits = (&self.limits, state.target.bio_based);
-        let dirty = swap(&mut state.watched, limits, &mut state.longest).map_err(source)?;
+        let how = Still {
+            guard: &self.guard,
+            limit: self.limits.limit,
+            bio_based: state.target.bio_based,
+        };
+        let dirty = swap(&mut state.watched, &how, &mut state.longest).map_err(source)?;
         state.add(&dirty);
         Ok(dirty)
     }
@@ -411,7 +421,7 @@ impl Ahead {
     pub(crate) fn open_generation(&self) -> Result<GenerationName, SourceError> {
         let mut state = self.lock();
         let state = &mut *state;
-        let mut quiet = Quiet::of(&self.options).map_err(source)?;
+        let mut quiet = Quiet::of(&self.options, &self.guard).map_err(source)?;
         quiet.sync();
         let opens = state.watched.fresh();
         let prepared = state
@@ -476,17 +486,24 @@ impl State {
     }
 }
 
+/// How a volume stands still for a swap.
+struct Still<'a> {
+    guard: &'a Program,
+    limit: Duration,
+    bio_based: bool,
+}
+
 /// Swaps and drains; inside a freeze if the device tells nobody when a write is done.
 fn swap(
     watched: &mut Watched,
-    (limits, bio_based): (&FreezeLimits, bool),
+    how: &Still<'_>,
     longest: &mut Duration,
 ) -> Result<BlockSet, VolumeError> {
-    if !bio_based {
+    if !how.bio_based {
         return Ok(watched.drain());
     }
     let options = watched.options.clone();
-    let mut quiet = Quiet::of(&options)?;
+    let mut quiet = Quiet::of(&options, how.guard)?;
     if matches!(quiet, Quiet::Impossible) {
         let message = format!(
             "{} is in use without a file system that could be frozen, and its driver tells nobody when a write is done: no moment of it can be had",
@@ -495,7 +512,7 @@ fn swap(
         return Err(refused(Refusal::Unwatchable, message));
     }
     quiet.sync();
-    let standing = quiet.begin(watched, limits.limit)?;
+    let standing = quiet.begin(watched, how.limit)?;
     let dirty = watched.drain();
     let (time, whole) = standing.end(watched);
     *longest = (*longest).max(time);

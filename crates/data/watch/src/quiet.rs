@@ -59,8 +59,8 @@ pub(crate) struct Mounted {
 }
 
 impl Quiet {
-    /// What can be done about this device now. Starts the guards.
-    pub(crate) fn of(options: &VolumeOptions) -> Result<Self, VolumeError> {
+    /// What can be done about this device now. Starts the guards, from `program`.
+    pub(crate) fn of(options: &VolumeOptions, program: &Program) -> Result<Self, VolumeError> {
         let path = &options.device;
         let device = BlockDevice::at(path).map_err(io_at("look at", path))?;
         let mounts = device
@@ -72,12 +72,11 @@ impl Quiet {
                 None => Self::Impossible,
             });
         }
-        let program = Program::this().map_err(io_at("copy the program for", path))?;
         let mut systems: Vec<(DeviceNumber, Mounted)> = Vec::new();
         for mount in mounts {
             let number = mount.mount.device;
             if !systems.iter().any(|(known, _)| *known == number)
-                && let Some(mounted) = Mounted::of(&mount, &program)?
+                && let Some(mounted) = Mounted::of(&mount, program)?
             {
                 systems.push((number, mounted));
             }
