@@ -310,8 +310,6 @@ words! {
         17 => VOLUME_ID_0,
         /// Volume id, second half.
         18 => VOLUME_ID_1,
-        /// The swap whose closed bitmap was drained to its end; another one than `GENERATION`: whoever drained it died.
-        24 => DRAINED,
         /// Boot clock in nanoseconds when a freeze was about to be asked for; 0: nothing of ours is frozen.
         32 => FROZEN_SINCE,
         /// Device number of the file system that is frozen: major << 32 | minor.

@@ -70,6 +70,32 @@ pub(crate) enum Break {
     ReclaimRelaxed,
     /// Shrink drops wanted blocks only.
     ShrinkOnlyWanted,
+    // P14
+    /// A program does not look at the generation again.
+    NoSecondLook,
+    /// A program looks again before it has set the bits.
+    LookBeforeBits,
+    /// No full barrier between the bits and the second look.
+    NoMarkFence,
+    /// A program gives a mark up and does not say so.
+    LostUnsaid,
+    /// No full barrier between the swap and the drain.
+    NoSwapFence,
+    /// A word is cleared, then absorbed.
+    ClearBeforeAbsorb,
+    /// A word is cleared by storing zero.
+    ClearByStore,
+    /// What was absorbed may be seen after the word is seen cleared.
+    NoAbsorbFence,
+    /// A write is not marked again when it completes.
+    #[cfg(loom)]
+    NoCompletionMark,
+    /// Generations change outside of a freeze where no completion is seen.
+    #[cfg(loom)]
+    SwapUnfrozen,
+    /// A successor does not drain what its predecessor left.
+    #[cfg(loom)]
+    LeftUndrained,
     // Found by the model test
     /// The bit is set when the write is complete.
     MarkAfterWrite,

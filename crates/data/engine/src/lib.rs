@@ -29,6 +29,7 @@ mod request;
 pub mod snapshot;
 pub mod state;
 pub mod tracker;
+pub mod watch;
 #[cfg(test)]
 #[cfg(loom)]
 mod worlds;
@@ -49,3 +50,4 @@ pub use request::{
 };
 pub use snapshot::{Begun, Overflow, ReaderMemories, Snapshot, SnapshotView};
 pub use tracker::{Generation, StoredGeneration};
+pub use watch::WatchMarks;

@@ -8,14 +8,14 @@
 //! the newest. The open generation is the last of the table; its bank is the live one. 'Changed since G' is the
 //! union of the banks from G's run on: merged runs give a superset, never less.
 
-use crate::atomic::{AtomicU64, Ordering, Words, index, wide};
+use crate::atomic::{AtomicU64, Ordering, Words, fence, index, wide};
 use crate::broken::{Break, broken, step};
 use blktide_format::shared::{self, generation, table};
 use blktide_types::clock::WallTime;
 use blktide_types::geometry::Geometry;
 use blktide_types::id::GenerationName;
 use blktide_types::set::BlockSet;
-use blktide_types::unit::BlockIndex;
+use blktide_types::unit::{BlockIndex, BlockSize};
 
 /// The epoch word: all that a swap changes, in one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +107,29 @@ impl Marks {
         }
     }
 
+    /// Marks what word `word_index` of a bitmap with one bit a `watch_grain` says, in the live bank; what the caller stores
+    /// afterwards, whoever sees it sees the marks.
+    pub(crate) fn absorb(&self, watch_grain: BlockSize, word_index: usize, bits: u64) {
+        let (epoch, shift) = (self.epoch(), watch_grain.shift());
+        let start = wide(word_index).checked_mul(64 << shift);
+        let (Some(start), mut rest) = (start, bits) else {
+            return;
+        };
+        while rest != 0 {
+            let first = rest.trailing_zeros();
+            let run = (rest >> first).trailing_ones();
+            let offset = start.saturating_add(u64::from(first) << shift);
+            if offset >= self.geometry.volume_bytes() {
+                break;
+            }
+            self.mark(epoch, offset, u64::from(run) << shift);
+            rest &= u64::MAX.checked_shl(first.saturating_add(run)).unwrap_or(0);
+        }
+        if !broken(Break::NoAbsorbFence) {
+            fence(Ordering::Release);
+        }
+    }
+
     /// The words of `bank`; none if there is no such bank.
     pub(crate) fn bank(&self, bank: usize) -> Option<&Words> {
         self.banks.get(bank)
@@ -119,7 +142,7 @@ impl Marks {
 }
 
 /// Sets bits `start .. end`, by whole words; a bit that is set is not stored again.
-fn mark_bits(words: &[AtomicU64], start: u64, end: u64) {
+pub(crate) fn mark_bits(words: &[AtomicU64], start: u64, end: u64) {
     if start >= end {
         return;
     }

@@ -1,14 +1,16 @@
-//! Small worlds of P1 and P3, explored by loom on the engine's own atomics.
+//! Small worlds of P1, P3 and P14, explored by loom on the engine's own atomics.
 //!
 //! Run by `RUSTFLAGS="--cfg loom" cargo test -p blktide-engine --lib --release worlds`. Each world holds in every order that is
 //! explored (all of them, or all with a stated number of preemptions), and each rule that is left out is found.
 //!
 //! What loom cannot say: a `SeqCst` *access* is `AcqRel` to it, so a full barrier is always a fence in the engine; it
 //! does not switch threads between an access and the fence after it; it does not reorder a load behind a later store of
-//! its own thread. The device is an atomic read and written `Relaxed`: the weakest there is, all order comes from the
-//! protocol.
+//! its own thread; of the accesses to a word it remembers the last, so that an access of one's own in between hides another
+//! thread's (who only looks is therefore a thread of its own). The device is an atomic read and written `Relaxed`: the
+//! weakest there is, all order comes from the protocol.
 
 mod p1;
+mod p14;
 mod p3;
 mod whole;
 

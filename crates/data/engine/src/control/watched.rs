@@ -13,7 +13,6 @@
 
 use super::Control;
 use super::generations::{Wish, position};
-use crate::atomic::{Ordering, fence};
 use crate::control::Trust;
 use crate::error::EngineError;
 use crate::tracker::Epoch;
@@ -66,26 +65,10 @@ impl Control {
     /// What the caller stores after this, whoever sees it sees the marks: so the word may be cleared (by `fetch_and(!bits)`: it may
     /// have gained bits). Allocates nothing, waits for nothing.
     pub fn absorb(&self, watch_grain: BlockSize, word_index: usize, bits: u64) {
-        let marks = &self.engine.inner.marks;
-        let epoch = marks.epoch();
-        let volume_bytes = self.engine.inner.shape.geometry.volume_bytes();
-        let start = u64::try_from(word_index)
-            .ok()
-            .and_then(|word| word.checked_mul(64 << watch_grain.shift()));
-        let (Some(start), mut rest) = (start, bits) else {
-            return;
-        };
-        while rest != 0 {
-            let first = rest.trailing_zeros();
-            let run = (rest >> first).trailing_ones();
-            let offset = start.saturating_add(u64::from(first) << watch_grain.shift());
-            if offset >= volume_bytes {
-                break;
-            }
-            marks.mark(epoch, offset, u64::from(run) << watch_grain.shift());
-            rest &= u64::MAX.checked_shl(first.saturating_add(run)).unwrap_or(0);
-        }
-        fence(Ordering::Release);
+        self.engine
+            .inner
+            .marks
+            .absorb(watch_grain, word_index, bits);
     }
 
     /// Whether a base is known: what changed since it can be said.

@@ -1,6 +1,7 @@
 //! Marks from elsewhere and generations without a gate; and deaths before every single store.
 
 use super::*;
+use crate::atomic::Ordering;
 use crate::broken::cut_after;
 use crate::control::StoredGeneration;
 use crate::{Engine, Memory, PlainMemory};
