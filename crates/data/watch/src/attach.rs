@@ -28,12 +28,10 @@ use std::time::Duration;
 use crate::counters::Counters;
 use crate::marker::{Marker, Plan, grain_for};
 use crate::marks::Marks;
-use crate::memory::{PinnedMemory, map};
+use crate::memory::PinnedMemory;
 use crate::pins::{Pins, Unfinished};
 use crate::target::Target;
-use crate::tracker::{
-    ATTACHED, DETACHING, VolumeLock, Watched, engine_error, io_at, refused, shared_error,
-};
+use crate::tracker::{ATTACHED, DETACHING, VolumeLock, Watched, engine_error, io_at, refused};
 
 /// The longest that a bank of the engine may be for twelve of them to be kept in the kernel's memory, bytes.
 const BANK_BYTES_MANY: usize = 8 << 20;
@@ -193,13 +191,13 @@ fn load(
     };
     let marker = Marker::load(&plan, unfinished)?;
     let pins = unfinished.as_pins();
-    let marks = map(&pins, "marks")?;
+    let memory = PinnedMemory::open(&pins, "marks")?;
     for (index, value) in plan.watch.head() {
-        if let Some(word) = marks.words().get(index) {
+        if let Some(word) = memory.words().get(index) {
             word.store(value, std::sync::atomic::Ordering::SeqCst);
         }
     }
-    let marks = Marks::new(marks).map_err(shared_error)?;
+    let marks = Marks::new(memory)?;
     let (control, banks) = (
         PinnedMemory::open(&pins, "control")?,
         PinnedMemory::open(&pins, "banks")?,

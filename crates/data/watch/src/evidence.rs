@@ -12,7 +12,6 @@
 //! **Invariant**: a check that failed has distrusted the tracker before anything else is done.
 
 use blktide_engine::evidence::{Belief, Check, Occasion, Proof, Sectors, Vector};
-use blktide_format::shared::watch;
 use blktide_sys::blockdev::BlockDevice;
 use blktide_sys::event::pause;
 use blktide_sys::host;
@@ -45,7 +44,7 @@ impl Watched {
             why: format!("{} [{check}]", check.what()),
         };
         let mut belief = self.begin(target, quiet).map_err(refuse)?;
-        belief.save(&self.marks);
+        belief.save(self.marks.memory());
         Ok(())
     }
 
@@ -75,7 +74,7 @@ impl Watched {
             if !self.check(target, (false, Occasion::Between)) {
                 return;
             }
-            let open = Belief::load(&self.marks).is_ok_and(|belief| belief.open_question());
+            let open = Belief::load(self.marks.memory()).is_ok_and(|belief| belief.open_question());
             if !open {
                 return;
             }
@@ -94,11 +93,11 @@ impl Watched {
         } else {
             self.sample(target)
         };
-        let loaded = Belief::load(&self.marks);
+        let loaded = Belief::load(self.marks.memory());
         let mut verdict = Err(Check::SampleMissing);
         if let Ok(mut belief) = loaded {
             verdict = belief.sample(now.as_ref(), occasion);
-            belief.save(&self.marks);
+            belief.save(self.marks.memory());
         }
         let trusted = self.control.trusted().reason.is_none();
         match verdict {
@@ -126,10 +125,10 @@ impl Watched {
     /// From here on it is believed again, as far as it can be: nothing that went before is.
     fn begin_anew(&mut self, target: &Target, quiet: bool) {
         if let Ok(mut belief) = self.begin(target, quiet) {
-            if let Ok(before) = Belief::load(&self.marks) {
+            if let Ok(before) = Belief::load(self.marks.memory()) {
                 belief.replace(&before);
             }
-            belief.save(&self.marks);
+            belief.save(self.marks.memory());
         }
     }
 
@@ -140,16 +139,16 @@ impl Watched {
         let counted = self.counters.read().ok()?;
         let running = Running::of(&self.pins);
         let disk = device.whole_disk().ok()?.number();
-        let base = Belief::load(&self.marks).map_or(Sectors::default(), |b| b.last().base);
+        let base = Belief::load(self.marks.memory()).map_or(Sectors::default(), |b| b.last().base);
         Some(Vector {
             boot: host::boot_id().ok()?,
             programs: running.programs,
             links: running.links,
             misses: running.skipped?,
-            lost: self.marks.word(watch::LOST),
+            lost: self.marks.lost(),
             passthrough: counted.passed,
             events: counted.events,
-            generation: self.marks.word(watch::GENERATION),
+            generation: self.marks.generation(),
             own: Sectors {
                 written: counted.written,
                 discarded: counted.discarded,

@@ -1,45 +1,41 @@
-//! The bitmaps that the kernel marks, as this side sees them: ending a kernel generation, and taking what it has marked.
+//! The memory that the kernel marks in, as this side sees it: the engine's [`WatchMarks`] over a pinned map, and its head.
 //!
 //! ```text
 //! head (512 words) │ bitmap A │ bitmap B        one bit a watch grain
 //!   GENERATION: even: A is live; odd: B
 //! ```
-//! **Invariant**: a bit leaves a bitmap only after it is in the open generation of the engine. So whoever dies between has
-//! lost nothing; the next one takes it again.
 
-use blktide_engine::Memory;
-use blktide_format::shared::{SharedError, WatchShape, watch};
-use blktide_sys::mapping::Mapping;
+use blktide_engine::{Memory, WatchMarks};
+use blktide_format::shared::{WatchShape, watch};
+use blktide_volume::VolumeError;
+use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The `marks` map, mapped.
+use crate::tracker::{engine_error, shared_error};
+
+/// The `marks` map.
 #[derive(Debug)]
 pub(crate) struct Marks {
-    mapping: Mapping,
+    memory: Arc<dyn Memory>,
+    inner: WatchMarks,
     shape: WatchShape,
 }
 
-/// Its head, for the samples of the evidence.
-impl Memory for Marks {
-    fn words(&self) -> &[AtomicU64] {
-        self.head()
-    }
-}
-
 impl Marks {
-    /// Over a mapped map. Errors: its head is not whole, or it is smaller than that says.
-    pub(crate) fn new(mapping: Mapping) -> Result<Self, SharedError> {
+    /// Over the map. Errors: `Layout` if its head is not whole; `Engine` if it is smaller than that says.
+    pub(crate) fn new(memory: Arc<dyn Memory>) -> Result<Self, VolumeError> {
         let head = |index: usize| {
-            let word = mapping.words().get(index);
+            let word = memory.words().get(index);
             word.map_or(0, |w| w.load(Ordering::Acquire))
         };
-        let shape = WatchShape::of_head(head)?;
-        if shape.words() > mapping.words().len() {
-            return Err(SharedError::Head {
-                index: watch::BITMAP_WORDS,
-            });
-        }
-        Ok(Self { mapping, shape })
+        let shape = WatchShape::of_head(head).map_err(shared_error)?;
+        let marks = WatchMarks::new(&memory, &shape).map_err(engine_error)?;
+        Ok(Self {
+            memory,
+            inner: marks,
+            shape,
+        })
     }
 
     /// What is watched, and how finely.
@@ -47,63 +43,52 @@ impl Marks {
         &self.shape
     }
 
-    /// The words of the head.
-    pub(crate) fn head(&self) -> &[AtomicU64] {
-        let all = self.mapping.words();
-        all.get(..watch::WORDS).unwrap_or_default()
+    /// All of it, for the samples of the evidence in its head.
+    pub(crate) fn memory(&self) -> &dyn Memory {
+        &*self.memory
     }
 
-    /// A word of the head; zero past its end.
+    /// A word of the head.
     pub(crate) fn word(&self, index: usize) -> u64 {
-        let word = self.head().get(index);
+        let word = self.memory.words().get(index);
         word.map_or(0, |w| w.load(Ordering::SeqCst))
     }
 
     /// Stores a word of the head that is this side's own.
     pub(crate) fn set_word(&self, index: usize, value: u64) {
-        if let Some(word) = self.head().get(index) {
+        if let Some(word) = self
+            .memory
+            .words()
+            .get(index)
+            .filter(|_| index < watch::WORDS)
+        {
             word.store(value, Ordering::SeqCst);
         }
     }
 
-    /// The bitmap of a generation.
-    fn bitmap(&self, generation: u64) -> &[AtomicU64] {
-        let from = self.shape.bitmap(generation);
-        let all = self.mapping.words();
-        all.get(from..from.saturating_add(self.shape.bit_words()))
-            .unwrap_or_default()
+    /// Marks that were given up: since it moved nothing may be believed.
+    pub(crate) fn lost(&self) -> u64 {
+        self.inner.lost()
     }
 
-    /// Ends the kernel's generation: what is marked from here on goes to the other bitmap. Returns the one that ended.
-    pub(crate) fn swap(&self) -> u64 {
-        let generation = self.head().get(watch::GENERATION);
-        generation.map_or(0, |g| g.fetch_add(1, Ordering::SeqCst))
+    /// Number of the newest swap.
+    pub(crate) fn generation(&self) -> u64 {
+        self.inner.generation()
     }
 
-    /// Takes what `generation`, which has ended, has marked: `absorb` gets each word that is not zero, with its index, and
-    /// must have it safe when it returns; only then its bits go. Returns the number of bits.
-    ///
-    /// A marker that was late may set a bit here while this runs, or after: then it has set it in the live bitmap as well.
-    /// Waits: a pass over the bitmap.
-    pub(crate) fn drain(&self, generation: u64, mut absorb: impl FnMut(usize, u64)) -> u64 {
-        let mut taken = 0_u64;
-        for (index, word) in self.bitmap(generation).iter().enumerate() {
-            if word.load(Ordering::Relaxed) == 0 {
-                continue;
-            }
-            let bits = word.load(Ordering::Acquire);
+    /// See [`WatchMarks::swap`].
+    pub(crate) fn swap(&self) {
+        self.inner.swap();
+    }
+
+    /// Takes what the newest swap has closed: `absorb` has each word safe when it returns, and only then its bits go.
+    pub(crate) fn drain_closed(&self, mut absorb: impl FnMut(usize, u64)) {
+        let each = |index, bits| {
             absorb(index, bits);
-            word.fetch_and(!bits, Ordering::AcqRel);
-            taken = taken.saturating_add(bits.count_ones().into());
-        }
-        self.set_word(watch::DRAINED, generation.wrapping_add(1));
-        taken
-    }
-
-    /// The generation that ended last, if whoever ended it died before all of it was taken.
-    pub(crate) fn left_over(&self) -> Option<u64> {
-        let swaps = self.word(watch::GENERATION);
-        (self.word(watch::DRAINED) != swaps).then(|| swaps.wrapping_sub(1))
+            ControlFlow::Continue::<()>(())
+        };
+        // It never breaks off.
+        let _whole: ControlFlow<()> = self.inner.drain_closed(each);
     }
 
     /// The words of both bitmaps together that are not zero, with their index: what is marked and not taken yet.
@@ -113,5 +98,12 @@ impl Marks {
             let bits = a.load(Ordering::Relaxed) | b.load(Ordering::Relaxed);
             (bits != 0).then_some((index, bits))
         })
+    }
+
+    fn bitmap(&self, generation: u64) -> &[AtomicU64] {
+        let from = self.shape.bitmap(generation);
+        let all = self.memory.words();
+        all.get(from..from.saturating_add(self.shape.bit_words()))
+            .unwrap_or_default()
     }
 }

@@ -27,7 +27,7 @@ impl Memory for PinnedMemory {
 }
 
 /// Maps a whole pinned array.
-pub(crate) fn map(pins: &Pins, name: &str) -> Result<Mapping, VolumeError> {
+fn map(pins: &Pins, name: &str) -> Result<Mapping, VolumeError> {
     let opened = pins.open(name)?;
     let fail =
         |e: blktide_sys::SysError| failed("map", &pins.folder().join(name), io::Error::other(e));

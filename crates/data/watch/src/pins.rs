@@ -196,6 +196,6 @@ mod tests {
             other.folder,
             Path::new("/sys/fs/bpf/blktide_var_tmp_b-1_d_run/data")
         );
-        assert!(Pins::of(Path::new(&"/a".repeat(200)), "data").is_err());
+        Pins::of(Path::new(&"/a".repeat(200)), "data").unwrap_err();
     }
 }

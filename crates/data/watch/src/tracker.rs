@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use crate::counters::Counters;
 use crate::marks::Marks;
-use crate::memory::{PinnedMemory, map};
+use crate::memory::PinnedMemory;
 use crate::pins::{Pins, failed};
 use crate::quiet::thaw_left_over;
 
@@ -107,9 +107,8 @@ impl Watched {
             thaw_left_over(options);
             watched.note_freeze(0);
         }
-        if let Some(ended) = watched.marks.left_over() {
-            watched.take_marks_of(ended, &mut |_| {});
-        }
+        // What a predecessor had closed and not taken; before the first swap (P14).
+        watched.take_closed(&mut |_| {});
         Ok(watched)
     }
 
@@ -130,7 +129,7 @@ impl Watched {
         if engine.word(control::STATE) == DETACHING {
             return Err(not_attached(options));
         }
-        let marks = Marks::new(map(&pins, "marks")?).map_err(shared_error)?;
+        let marks = Marks::new(PinnedMemory::open(&pins, "marks")?)?;
         Ok(Self {
             counters: Counters::open(&pins)?,
             control: engine.control(),
@@ -169,16 +168,16 @@ impl Watched {
     /// a moment at which none is.
     pub fn drain(&mut self) -> BlockSet {
         let mut blocks = BlockSet::new(self.geometry().block_count());
-        let ended = self.marks.swap();
-        self.take_marks_of(ended, &mut |block| {
+        self.marks.swap();
+        self.take_closed(&mut |block| {
             blocks.insert(block);
         });
         blocks
     }
 
-    fn take_marks_of(&self, generation: u64, each: &mut dyn FnMut(BlockIndex)) {
+    fn take_closed(&self, each: &mut dyn FnMut(BlockIndex)) {
         let (grain, geometry) = (self.grain(), self.geometry());
-        self.marks.drain(generation, |index, bits| {
+        self.marks.drain_closed(|index, bits| {
             self.control.absorb(grain, index, bits);
             blocks_of(&geometry, grain, (index, bits), each);
         });
