@@ -158,7 +158,7 @@ mod tests {
         let grain = |bytes| grain_for(bytes, asked, block).bytes();
         assert_eq!(grain(1 << 20), 4096);
         assert_eq!(grain(2 << 40), 4096);
-        assert_eq!(grain((2 << 40) + 4096 * 8), 4096, "not one word more");
+        assert_eq!(grain((2 << 40) + 4096 * 8), 8192, "not one byte more");
         assert_eq!(grain(3 << 40), 8192);
         assert_eq!(grain(64 << 40), 65536);
         assert_eq!(
