@@ -115,7 +115,8 @@ impl Watched {
                 true
             }
             Err(check) => {
-                self.distrust(check.reason(), &format!("{} [{check}]", check.what()));
+                let seen = now.as_ref().map(figures).unwrap_or_default();
+                self.distrust(check.reason(), &format!("[{check}{seen}] {}", check.what()));
                 self.begin_anew(target, quiet);
                 false
             }
@@ -188,9 +189,9 @@ impl Watched {
             let kernel = BlockDevice::at(&target.path).ok()?.counters().ok()?;
             let written = kernel.sectors_written.saturating_sub(counted.written);
             let discarded = kernel.sectors_discarded.saturating_sub(counted.discarded);
-            let least = base.get_or_insert(Sectors { written, discarded });
-            least.written = least.written.min(written);
-            least.discarded = least.discarded.min(discarded);
+            let most = base.get_or_insert(Sectors { written, discarded });
+            most.written = most.written.max(written);
+            most.discarded = most.discarded.max(discarded);
         }
         let mut first = self.sample(target)?;
         first.base = base?;
@@ -199,4 +200,16 @@ impl Watched {
         first.base.discarded = first.base.discarded.min(first.kernel.discarded);
         Some(first)
     }
+}
+
+/// The counts of a sample, for people: what the kernel counted since the attach, and what we did.
+fn figures(sample: &Vector) -> String {
+    let since = |kernel: u64, base: u64| i128::from(kernel) - i128::from(base);
+    format!(
+        ": kernel {}+{}, ours {}+{} sectors",
+        since(sample.kernel.written, sample.base.written),
+        since(sample.kernel.discarded, sample.base.discarded),
+        sample.own.written,
+        sample.own.discarded
+    )
 }
