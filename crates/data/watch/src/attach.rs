@@ -30,6 +30,7 @@ use crate::marker::{Marker, Plan, grain_for};
 use crate::marks::Marks;
 use crate::memory::PinnedMemory;
 use crate::pins::{Pins, Unfinished};
+use crate::probe::probe;
 use crate::target::Target;
 use crate::tracker::{ATTACHED, DETACHING, VolumeLock, Watched, engine_error, io_at, refused};
 
@@ -48,8 +49,8 @@ pub enum Attached {
 /// Begins to watch the volume; on a device that is in use as well: nothing of its way changes. `say` is told what was found.
 ///
 /// Waits: for the kernel's check of the programs (a tenth of a second), for flushes of the state folder's disk.
-/// Errors: `Refused` with `unwatchable` and why; `Io` if the kernel does not take the programs, with its word. Then nothing has
-/// changed, but for a bitmap of an earlier life that may be distrusted.
+/// Errors: `Refused` with `unwatchable` and why: what stands against the device, or what the kernel lacks; `Io` with the kernel's
+/// words. Then nothing has changed, but for a bitmap of an earlier life that may be distrusted.
 pub fn attach(
     options: &VolumeOptions,
     limit: Duration,
@@ -67,8 +68,8 @@ pub fn attach(
     }
     refuse_obstacles(&target)?;
     let fence = fence(options)?;
-    let unfinished = pins.begin()?;
-    let mut watched = load(options, &target, &unfinished)?;
+    let unfinished = pins.begin().map_err(|e| explained(&target, e))?;
+    let mut watched = load(options, &target, &unfinished).map_err(|e| explained(&target, e))?;
     let device = handover_device(options, &target, fence.as_ref())?;
     let writers = if fence.is_some() {
         Writers::None
@@ -112,6 +113,15 @@ fn refuse_obstacles(target: &Target) -> Result<(), VolumeError> {
         .collect();
     let message = format!("{} cannot be watched: {}", path.display(), texts.join("; "));
     Err(refused(Refusal::Unwatchable, message))
+}
+
+/// In plain words, if it failed because the kernel does not take the programs at all.
+fn explained(target: &Target, error: VolumeError) -> VolumeError {
+    let Err(missing) = probe() else {
+        return error;
+    };
+    let message = format!("{} cannot be watched: {missing}", target.path.display());
+    refused(Refusal::Unwatchable, message)
 }
 
 /// The fence, if nobody uses the device.

@@ -23,6 +23,7 @@ mod marks;
 mod memory;
 mod native;
 mod pins;
+mod probe;
 mod quiet;
 mod target;
 mod tracker;
@@ -31,5 +32,6 @@ pub use ahead::{Ahead, AheadRequest, FreezeLimits, InstantImage, Next, OverBudge
 pub use attach::{Attached, Detached, InUse, attach, detach};
 pub use native::{Native, NativeImage};
 pub use pins::{BPFFS, Pins};
+pub use probe::{Missing, probe};
 pub use target::{Obstacle, Target};
 pub use tracker::Watched;

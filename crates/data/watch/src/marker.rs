@@ -4,11 +4,12 @@
 
 use aya::programs::links::FdLink;
 use aya::programs::{BtfTracePoint, ProgramError};
-use aya::{Btf, Ebpf, EbpfLoader};
+use aya::{Btf, Ebpf, EbpfError, EbpfLoader};
 use blktide_format::shared::{Shape, WatchShape};
 use blktide_types::unit::BlockSize;
 use blktide_volume::VolumeError;
 use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::Path;
 
 use crate::pins::{MAPS, PROGRAMS, Unfinished};
@@ -83,7 +84,21 @@ impl Marker {
     }
 }
 
-fn create(plan: &Plan<'_>) -> Result<Ebpf, aya::EbpfError> {
+/// Loads all of it over small maps and asks `ask` about each program; nothing of it stays. False: `ask` said no of one.
+pub(crate) fn try_load(ask: &dyn Fn(BorrowedFd<'_>) -> bool) -> Result<bool, EbpfError> {
+    let mut loaded = EbpfLoader::new().load(OBJECT)?;
+    let btf = Btf::from_sys_fs()?;
+    let mut all = true;
+    for (name, tracepoint) in PROGRAMS {
+        let program = loaded.program_mut(name).ok_or(ProgramError::NotLoaded)?;
+        let program: &mut BtfTracePoint = program.try_into()?;
+        program.load(tracepoint, &btf)?;
+        all &= ask(program.fd()?.as_fd());
+    }
+    Ok(all)
+}
+
+fn create(plan: &Plan<'_>) -> Result<Ebpf, EbpfError> {
     let (disk, target) = (plan.target.disk, plan.target);
     let partition = if target.is_partition() {
         // As the kernel packs a device's number.
