@@ -314,8 +314,21 @@ pub fn lies_on(path: &Path, below: DeviceNumber) -> Result<bool> {
         return Ok(true);
     }
     // What sysfs does not know is not built on anything.
-    let under = BlockDevice::under(path).ok().flatten();
+    let under = match BlockDevice::under(path) {
+        Ok(Some(device)) => Some(device),
+        Ok(None) | Err(_) => mounted_from(path),
+    };
     Ok(under.is_some_and(|device| device.stands_on(below)))
+}
+
+/// The device that the file system of `path` was mounted from, where files have a number of no device (btrfs).
+fn mounted_from(path: &Path) -> Option<BlockDevice> {
+    let real = std::fs::canonicalize(path).ok()?;
+    let all = mounts::all().ok()?;
+    let above = all.iter().filter(|mount| real.starts_with(&mount.at));
+    // The deepest; of those at one place the last covers the others.
+    let mount = above.max_by_key(|mount| mount.at.components().count())?;
+    BlockDevice::at(&mount.source).ok()
 }
 
 /// More layers of block devices than this are not looked through.
