@@ -2,35 +2,42 @@
 
 use blktide_api::failure::{Failure, FailureCode};
 use blktide_sys::blockdev::{BlockDevice, is_unclaimed, openers_of};
-use blktide_sys::{fs, mounts};
+use blktide_sys::fs;
+use blktide_sys::mounts::{self, DeviceNumber};
+use blktide_volume::VolumeError;
+use blktide_watch::{Missing, Obstacle, Target};
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use crate::context::chain;
+use crate::file_system;
+use crate::modes::Facts;
 
 /// A device or file that could be tracked.
 #[derive(Debug)]
-pub(super) struct Found {
+pub(crate) struct Found {
     /// Where its name leads.
-    pub(super) real: PathBuf,
+    pub(crate) real: PathBuf,
     /// The name that a reboot does not change, as far as there is one.
-    pub(super) stable: PathBuf,
+    pub(crate) stable: PathBuf,
     /// In words.
-    pub(super) what: String,
+    pub(crate) what: String,
     /// Its size.
-    pub(super) bytes: u64,
+    pub(crate) bytes: u64,
+    /// Its number; `None`: it is a regular file.
+    pub(crate) number: Option<DeviceNumber>,
     /// Who uses it, if somebody does.
-    pub(super) used_by: Option<String>,
+    pub(crate) used_by: Option<String>,
     /// What an administrator should know.
-    pub(super) note: Option<String>,
+    pub(crate) note: Option<String>,
 }
 
 /// Looks at a device, a file, or the device of a mount point.
 ///
 /// Errors: what is never tracked, naming what to take instead.
-pub(super) fn look(path: &Path) -> Result<Found, Failure> {
+pub(crate) fn look(path: &Path) -> Result<Found, Failure> {
     let failed = |error: &dyn std::error::Error| {
         let message = format!("{}: {}", path.display(), chain(error));
         Failure::new(FailureCode::DeviceRefused, message)
@@ -69,15 +76,59 @@ fn of_mount_point(at: &Path) -> Result<Found, Failure> {
             "Give the device.",
         )
     })?;
-    let source = mount.source.clone();
-    if !source.is_absolute() {
-        let why = format!("what is mounted there ({}) is no device", source.display());
+    // The source may be a name that nothing has (`/dev/root`); the number may be that of no device (btrfs).
+    let node = match BlockDevice::of_number(mount.device) {
+        Ok(device) if mount.device.major != 0 => device.node(),
+        _ => mount.source.clone(),
+    };
+    if !node.is_absolute() || std::fs::metadata(&node).is_ok_and(|found| found.is_dir()) {
+        let source = mount.source.display();
+        let why = format!("what is mounted there ({source}) is no device");
         return Err(refused(at, &why, ""));
     }
-    look(&source).map(|found| Found {
-        used_by: Some(format!("mounted at {}", at.display())),
-        ..found
-    })
+    look(&node)
+}
+
+impl Found {
+    /// What decides about its mode. `lacks`: what the kernel has not.
+    pub(crate) fn facts(&self, lacks: Option<&Missing>) -> Facts {
+        Facts {
+            is_file: self.number.is_none(),
+            used_by: self.used_by.clone(),
+            file_system: file_system::on(&self.real),
+            against_watch: self.against_watch(lacks),
+            against_fuse: against_fuse(),
+        }
+    }
+
+    fn against_watch(&self, lacks: Option<&Missing>) -> Vec<String> {
+        if self.number.is_none() {
+            return Vec::new();
+        }
+        let mut against: Vec<String> = lacks.iter().map(ToString::to_string).collect();
+        match Target::of(&self.real) {
+            Ok(target) => {
+                let told = |o: &Obstacle| format!("{o} [{}]. {}", o.code(), o.hint(&self.real));
+                against.extend(target.obstacles.iter().map(told));
+            }
+            Err(VolumeError::Device { source }) => against.push(chain(&source)),
+            Err(error) => against.push(chain(&error)),
+        }
+        against
+    }
+}
+
+/// What this machine lacks for mode fuse.
+pub(crate) fn against_fuse() -> Vec<String> {
+    let needed = [
+        ("/dev/fuse", "there is no /dev/fuse (modprobe fuse)"),
+        (
+            "/dev/loop-control",
+            "there are no loop devices (modprobe loop)",
+        ),
+    ];
+    let missing = needed.iter().filter(|(path, _)| !Path::new(path).exists());
+    missing.map(|(_, why)| (*why).to_owned()).collect()
 }
 
 fn device(given: &Path, real: &Path) -> Result<Found, Failure> {
@@ -112,6 +163,7 @@ fn device(given: &Path, real: &Path) -> Result<Found, Failure> {
         stable,
         what,
         bytes,
+        number: Some(device.number()),
     })
 }
 
@@ -165,6 +217,7 @@ fn file(real: &Path, bytes: u64) -> Result<Found, Failure> {
         stable: real.to_owned(),
         what: "regular file".to_owned(),
         bytes,
+        number: None,
         used_by: loop_device_on(real).map(|name| format!("{name} is bound to it")),
         note: None,
     })

@@ -3,15 +3,15 @@
 //! A bitmap can only be stored when nobody can write any more, so what is open is left alone, and said. Speaks to the
 //! volumes themselves: at a shutdown the daemon may be gone already.
 
-use blktide_api::config::Config;
+use blktide_api::config::{Config, VolumeConfig};
 use blktide_api::failure::{Exit, Failure};
-use blktide_api::name::Name;
 use blktide_volume::error::{Refusal, VolumeError};
+use blktide_watch::{Detached, InUse};
 use serde_json::json;
 
 use crate::context::{Common, chain};
-use crate::detach::directly;
 use crate::output;
+use crate::tracker;
 
 /// The verb's arguments.
 #[derive(clap::Args, Clone, Debug)]
@@ -25,8 +25,8 @@ pub(crate) struct Args {
 pub(crate) fn run(_args: &Args, common: &Common) -> Result<Exit, Failure> {
     let config = common.load()?;
     let (mut stored, mut open, mut failed) = (Vec::new(), Vec::new(), Vec::new());
-    for name in config.volumes.keys() {
-        match flush(&config, name) {
+    for (name, volume) in &config.volumes {
+        match flush(&config, volume) {
             Outcome::Stored => stored.push(name.to_string()),
             Outcome::Open(why) => {
                 output::complain(&format!("{name} is open and left alone: {why}"));
@@ -61,9 +61,14 @@ enum Outcome {
     Failed(String),
 }
 
-fn flush(config: &Config, name: &Name) -> Outcome {
-    let error = match directly(config, name) {
-        Ok(()) => return Outcome::Stored,
+fn flush(config: &Config, volume: &VolumeConfig) -> Outcome {
+    let error = match tracker::detach(config, volume, InUse::Refuse) {
+        Ok(Detached::Stored) => return Outcome::Stored,
+        Ok(Detached::Live) => {
+            let why =
+                "what the kernel had of it was not whole; it is detached, and no bitmap is stored";
+            return Outcome::Failed(why.to_owned());
+        }
         Err(error) => error,
     };
     if let VolumeError::NotAttached { .. } = &error {

@@ -10,15 +10,20 @@ mod cancel;
 mod context;
 mod demo;
 mod detach;
+mod device;
+mod doctor;
+mod file_system;
 mod flush;
 mod images;
 mod interrupt;
+mod modes;
 mod output;
 mod repo;
 mod repositories;
 mod restore;
 mod show;
 mod status;
+mod tracker;
 mod verify;
 mod volume;
 mod volume_list;
@@ -65,6 +70,8 @@ enum Verb {
     Verify(verify::Args),
     /// The hook before a shutdown: stores the bitmaps of volumes that are closed
     Flush(flush::Args),
+    /// Each device: which modes, what they give and cost, the line to type; and what this kernel has
+    Doctor(doctor::Args),
     /// The main job on a real file system, in a folder that goes away again
     Demo,
     /// Not built yet
@@ -88,9 +95,6 @@ enum Verb {
     /// Not built yet
     #[command(hide = true)]
     Heatmap(Later),
-    /// Not built yet
-    #[command(hide = true)]
-    Doctor(Later),
 }
 
 /// Whatever stands after a verb that is not built yet.
@@ -113,6 +117,7 @@ fn main() -> ExitCode {
         Verb::Repo(args) => repo::run(args, &common),
         Verb::Cancel(args) => cancel::run(args, &common),
         Verb::Flush(args) => flush::run(args, &common),
+        Verb::Doctor(args) => doctor::run(args, &common),
         Verb::Images(args) => images::run(args, &common),
         Verb::Show(args) => show::run(args, &common),
         Verb::Restore(args) => restore::run(args, &common),
@@ -124,7 +129,6 @@ fn main() -> ExitCode {
         Verb::Prune(later) => not_built("prune", later),
         Verb::Audit(later) => not_built("audit", later),
         Verb::Heatmap(later) => not_built("heatmap", later),
-        Verb::Doctor(later) => not_built("doctor", later),
     };
     match outcome {
         Ok(exit) => output::exit_code(exit),

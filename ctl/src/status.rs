@@ -1,7 +1,7 @@
 //! `status`: how everything stands, and what to type. Answers within a second, whatever is away or hangs.
 //!
-//! Facts come from the configuration, the records of earlier backups, the volumes' servers (which answer from memory)
-//! and the daemon's list of jobs. Neither a volume's data nor a repository is touched.
+//! Facts come from the configuration, the records of earlier backups, the volumes' servers (which answer from memory), what the
+//! kernel has of volumes that are watched, and the daemon's list of jobs. Neither a volume's data nor a repository is touched.
 
 use blktide_api::config::{Config, VolumeConfig};
 use blktide_api::failure::{Exit, Failure, FailureCode};
@@ -16,15 +16,16 @@ use blktide_sys::clock::SystemClock;
 use blktide_sys::host;
 use blktide_types::clock::{Clock, WallTime};
 use blktide_types::id::GenerationName;
-use blktide_volume::VolumeClient;
 use blktide_volume::error::VolumeError;
 use blktide_volume::message::{VolumeState, VolumeStatus};
 use serde_json::{Value, json};
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use crate::context::{Common, chain, client};
 use crate::output;
+use crate::tracker;
 
 /// Longest wait for any one answer.
 const LIMIT: Duration = Duration::from_millis(400);
@@ -84,7 +85,7 @@ fn ask_all(config: &Config, volumes: &[&VolumeConfig]) -> Vec<(Records, Option<A
             .map(|volume| {
                 scope.spawn(|| {
                     let records = records(config, &volume.name);
-                    let answer = ask(config, &volume.name, &records);
+                    let answer = ask(config, volume, &records);
                     (records, Some(answer))
                 })
             })
@@ -101,19 +102,16 @@ fn records(config: &Config, name: &Name) -> Records {
     Records::parse(&std::fs::read_to_string(path).unwrap_or_default())
 }
 
-fn ask(config: &Config, name: &Name, records: &Records) -> Answer {
-    let mut volume = VolumeClient::connect(&config.runtime_dir, name.as_str(), LIMIT)?;
-    let status = volume.status()?;
-    let texts: Vec<String> = records
+fn ask(config: &Config, volume: &VolumeConfig, records: &Records) -> Answer {
+    let (known, names): (Vec<String>, Vec<GenerationName>) = records
         .repositories
         .values()
-        .map(|r| r.generation.clone())
-        .collect();
-    let (known, names): (Vec<String>, Vec<GenerationName>) = texts
-        .into_iter()
-        .filter_map(|text| text.parse().ok().map(|name: GenerationName| (text, name)))
+        .filter_map(|r| {
+            let name: GenerationName = r.generation.parse().ok()?;
+            Some((r.generation.clone(), name))
+        })
         .unzip();
-    let (bytes, _) = volume.changed_since(&names)?;
+    let (status, bytes) = tracker::look(config, volume, &names, LIMIT)?;
     Ok((status, known.into_iter().zip(bytes).collect()))
 }
 
@@ -139,7 +137,9 @@ fn facts<'a>(
             silent.or(told)
         },
         closed: is_closed(config, &volume.name),
-        mountpoint: live.as_ref().and_then(|_| mountpoint(config, &volume.name)),
+        mountpoint: live
+            .as_ref()
+            .and_then(|_| mountpoint(&config.node_of(volume))),
         live,
         configured: configured(config, &volume.name),
         job: jobs.and_then(|jobs| job_of(jobs, &volume.name)),
@@ -195,8 +195,8 @@ fn is_closed(config: &Config, name: &Name) -> bool {
     })
 }
 
-fn mountpoint(config: &Config, name: &Name) -> Option<String> {
-    let device = BlockDevice::at(&config.node(name)).ok()?;
+fn mountpoint(node: &Path) -> Option<String> {
+    let device = BlockDevice::at(node).ok()?;
     let mounts = device.mounts().ok()?;
     mounts.first().map(|mount| mount.at.display().to_string())
 }

@@ -1,24 +1,20 @@
 //! `volume add | remove | list`: which volumes there are.
 
-mod device;
+mod add;
+mod plan;
 
 use blktide_api::client::Client;
-use blktide_api::config::{Attach, Config, Mode, SavePlace, VolumeConfig, volume_file};
+use blktide_api::config::{Config, VolumeConfig};
 use blktide_api::failure::{Exit, Failure, FailureCode};
-use blktide_api::message::{DONE, DoneDocument};
 use blktide_api::name::Name;
-use blktide_api::unit::size;
-use blktide_sys::blockdev::BlockDevice;
 use blktide_sys::fs;
-use blktide_types::unit::BlockSize;
-use blktide_volume::{VolumeClient, VolumeError};
+use blktide_watch::InUse;
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::context::{Common, chain};
 use crate::output;
-use device::Found;
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -93,264 +89,9 @@ struct Remove {
 /// Runs the verb.
 pub(crate) fn run(args: &Args, common: &Common) -> Result<Exit, Failure> {
     match &args.what {
-        What::Add(add) => run_add(add, common),
+        What::Add(add) => add::run(add, common),
         What::Remove(remove) => run_remove(remove, common),
         What::List => crate::volume_list::run(common),
-    }
-}
-
-fn run_add(add: &Add, common: &Common) -> Result<Exit, Failure> {
-    let config = common.load()?;
-    let mode = mode_of(add, &config)?;
-    let found = device::look(&add.device)?;
-    refuse_twice(&config, add, &found)?;
-    refuse_use(&found, mode)?;
-    let volume = plan(add, &config, &found)?;
-    refuse_places(&config, &volume)?;
-    let mut lines = describe(&config, &volume, &found);
-    if add.dry_run {
-        finish(common, "volume add", &add.name, lines);
-        return Ok(Exit::Done);
-    }
-    // Nothing is written that could not be attached.
-    let client = (!add.no_attach)
-        .then(|| Client::connect(&config.socket(), None))
-        .transpose()?;
-    for line in lines.drain(..) {
-        output::text(common, &line);
-    }
-    write_file(&config, &volume)?;
-    let attached = if let Some(mut client) = client {
-        client
-            .call("Reload", json!({}))
-            .and_then(|_| client.call("Attach", json!({ "volume": volume.name })))
-    } else {
-        reload(&config);
-        Ok(json!({ "lines": [format!("{} is registered, not attached", volume.name)] }))
-    };
-    match attached {
-        Ok(answer) => {
-            finish(common, "volume add", &add.name, strings(&answer));
-            Ok(Exit::Done)
-        }
-        Err(failure) => {
-            drop(fs::remove_durably(&config.volume_file(&volume.name)));
-            reload(&config);
-            Err(failure)
-        }
-    }
-}
-
-fn strings(answer: &serde_json::Value) -> Vec<String> {
-    let lines = answer.get("lines").and_then(serde_json::Value::as_array);
-    lines
-        .into_iter()
-        .flatten()
-        .filter_map(|line| line.as_str().map(str::to_owned))
-        .collect()
-}
-
-fn finish(common: &Common, verb: &str, name: &Name, lines: Vec<String>) {
-    for line in &lines {
-        output::text(common, line);
-    }
-    if common.json {
-        output::document(&DoneDocument {
-            message_type: DONE.to_owned(),
-            verb: verb.to_owned(),
-            names: vec![name.to_string()],
-            lines,
-            warnings: Vec::new(),
-        });
-    }
-}
-
-/// The mode that is wanted; what is not built is refused by name, and passed over by `auto`.
-fn mode_of(add: &Add, config: &Config) -> Result<Mode, Failure> {
-    let mode = match &add.mode {
-        None => config.defaults.mode,
-        Some(word) => Mode::from_word(word).ok_or_else(|| {
-            Failure::new(
-                FailureCode::Usage,
-                format!("'{word}' is none of auto, watch, ublk, fuse"),
-            )
-        })?,
-    };
-    match mode {
-        Mode::Auto | Mode::Fuse => Ok(mode),
-        Mode::Watch | Mode::Ublk => Err(Failure::new(
-            FailureCode::NotBuiltYet,
-            format!("mode {} is not built yet", mode.word()),
-        )
-        .hint("--mode fuse, on a device that is not in use")),
-    }
-}
-
-fn refuse_twice(config: &Config, add: &Add, found: &Found) -> Result<(), Failure> {
-    if config.volumes.contains_key(&add.name) {
-        return Err(Failure::new(
-            FailureCode::AlreadyThere,
-            format!("there is a volume {} already", add.name),
-        )
-        .hint("Take another name, or `blktidectl volume remove` that one first."));
-    }
-    let same = config.volumes.values().find(|other| {
-        std::fs::canonicalize(&other.device).is_ok_and(|device| device == found.real)
-    });
-    match same {
-        Some(other) => Err(Failure::new(
-            FailureCode::AlreadyThere,
-            format!("{} is volume {} already", found.real.display(), other.name),
-        )),
-        None => Ok(()),
-    }
-}
-
-fn refuse_use(found: &Found, mode: Mode) -> Result<(), Failure> {
-    let Some(user) = &found.used_by else {
-        return Ok(());
-    };
-    let message = format!("{} is in use: {user}", found.real.display());
-    let hint = match mode {
-        Mode::Auto => {
-            "Mode watch, for devices in use, is not built yet. Unmount it, then add it: it gets mode fuse."
-        }
-        Mode::Fuse | Mode::Watch | Mode::Ublk => {
-            "Mode fuse can only be put under a device that is not in use. Unmount it first."
-        }
-    };
-    Err(Failure::new(FailureCode::DeviceInUse, message).hint(hint))
-}
-
-fn plan(add: &Add, config: &Config, found: &Found) -> Result<VolumeConfig, Failure> {
-    let defaults = &config.defaults;
-    let usage = |text: String| Failure::new(FailureCode::Usage, text);
-    let block_size = match &add.block_size {
-        None => defaults.block_size,
-        Some(text) => block_size(text).ok_or_else(|| {
-            usage(format!(
-                "'{text}' is not a power of two from 4 KiB to 1 MiB"
-            ))
-        })?,
-    };
-    let flusher_refused = std::thread::spawn(|| blktide_sys::process::set_io_flusher().is_err())
-        .join()
-        .unwrap_or(true);
-    Ok(VolumeConfig {
-        name: add.name.clone(),
-        device: found.stable.clone(),
-        mode: Mode::Fuse,
-        attach: if flusher_refused {
-            Attach::Manual
-        } else {
-            Attach::Boot
-        },
-        exclusive: false,
-        block_size,
-        grain: defaults.grain_of(Mode::Fuse, block_size),
-        repository: add
-            .repository
-            .clone()
-            .unwrap_or_else(|| defaults.repository.clone()),
-        max_read_rate: defaults.max_read_rate,
-        max_age: defaults.max_age,
-        hold_deadline: defaults.hold_deadline,
-        freeze_budget: defaults.freeze_budget,
-        freeze_limit: defaults.freeze_limit,
-        over_budget: defaults.over_budget,
-        instant: defaults.instant,
-        save_area: defaults.save_area.clone(),
-    })
-}
-
-fn block_size(text: &str) -> Option<BlockSize> {
-    let bytes = blktide_api::unit::parse_size(text).ok()?;
-    BlockSize::new(u32::try_from(bytes).ok()?)
-        .filter(|size| size.shift() >= BlockSize::IMAGE_MIN.shift())
-}
-
-/// The bitmap file must be writable after the volume is unmounted, and readable before it is mounted.
-fn refuse_places(config: &Config, volume: &VolumeConfig) -> Result<(), Failure> {
-    let tracked: Vec<BlockDevice> = config
-        .volumes
-        .keys()
-        .filter_map(|name| BlockDevice::at(&config.node(name)).ok())
-        .collect();
-    let mut folder = config.volume_state_dir(&volume.name);
-    while !folder.exists() && folder.pop() {}
-    let under = BlockDevice::under(&folder).ok().flatten();
-    if let Some(under) = under
-        && tracked.iter().any(|t| t.number() == under.number())
-    {
-        let message = format!(
-            "state_dir {} lies on a tracked volume: its bitmap could not be stored after it is unmounted",
-            config.state_dir.display()
-        );
-        return Err(Failure::new(FailureCode::DeviceRefused, message)
-            .hint("Put `state_dir` on a file system that is not tracked."));
-    }
-    Ok(())
-}
-
-fn describe(config: &Config, volume: &VolumeConfig, found: &Found) -> Vec<String> {
-    let node = config.node(&volume.name);
-    let mut lines = vec![
-        format!(
-            "volume {}: {} ({}, {})",
-            volume.name,
-            volume.device.display(),
-            found.what,
-            size(found.bytes)
-        ),
-        "  mode    fuse: not in use, and neither watch nor ublk is built yet".to_owned(),
-        format!(
-            "  node    {}: mount this, in fstab, too; never the device below it",
-            node.display()
-        ),
-        format!(
-            "  bitmap  {}, written at a clean stop; a block is {}",
-            config.volume_state_dir(&volume.name).display(),
-            volume.block_size
-        ),
-        format!("  backups go to repository {}", volume.repository),
-        "  reboot  after a clean stop the next backup is incremental; after a crash it reads everything".to_owned(),
-    ];
-    if let SavePlace::Path(path) = &volume.save_area.place {
-        lines.push(format!(
-            "  save    originals during a backup: {}, at most {}",
-            path.display(),
-            size(volume.save_area.limit_bytes)
-        ));
-    }
-    if volume.attach == Attach::Manual {
-        lines.push(
-            "  attach  manual: this machine refuses PR_SET_IO_FLUSHER, so memory pressure could stop a volume attached at boot".to_owned(),
-        );
-    }
-    if let Some(note) = &found.note {
-        lines.push(format!("  note    {note}"));
-    }
-    lines
-}
-
-fn write_file(config: &Config, volume: &VolumeConfig) -> Result<(), Failure> {
-    let path = config.volume_file(&volume.name);
-    let text = volume_file(volume, &config.defaults);
-    let failed = |error: &dyn std::error::Error| {
-        Failure::new(
-            FailureCode::Failed,
-            format!("{} could not be written: {}", path.display(), chain(error)),
-        )
-        .hint("Run it as root.")
-    };
-    fs::create_folders(&config.volumes_dir, 0o755).map_err(|e| failed(&e))?;
-    match fs::create_if_absent(&path, text.as_bytes(), 0o644) {
-        Ok(fs::Created::Made) => Ok(()),
-        Ok(fs::Created::Existed) => Err(Failure::new(
-            FailureCode::AlreadyThere,
-            format!("{} is there already", path.display()),
-        )),
-        Err(error) => Err(failed(&error)),
     }
 }
 
@@ -369,14 +110,15 @@ fn run_remove(remove: &Remove, common: &Common) -> Result<Exit, Failure> {
     } else {
         remove.names.clone()
     };
-    for name in &names {
-        if !config.volumes.contains_key(name) {
-            return Err(Failure::new(
-                FailureCode::NoSuchVolume,
-                format!("no volume {name} is configured"),
-            ));
-        }
-    }
+    let volumes: Vec<&VolumeConfig> = names
+        .iter()
+        .map(|name| {
+            config.volumes.get(name).ok_or_else(|| {
+                let message = format!("no volume {name} is configured");
+                Failure::new(FailureCode::NoSuchVolume, message)
+            })
+        })
+        .collect::<Result<_, _>>()?;
     let list: Vec<String> = names.iter().map(ToString::to_string).collect();
     let list = list.join(", ");
     if remove.dry_run {
@@ -389,28 +131,20 @@ fn run_remove(remove: &Remove, common: &Common) -> Result<Exit, Failure> {
         confirmed(&question)?;
     }
     let mut lines = Vec::new();
-    for name in &names {
-        detach(&config, name)?;
+    for volume in volumes {
+        let name = &volume.name;
+        detach(&config, volume)?;
         forget(&config, name)?;
         lines.push(format!("{name} is removed; its images stay"));
     }
     reload(&config);
-    for line in &lines {
-        output::text(common, line);
-    }
-    if common.json {
-        output::document(&DoneDocument {
-            message_type: DONE.to_owned(),
-            verb: "volume remove".to_owned(),
-            names: names.iter().map(ToString::to_string).collect(),
-            lines,
-            warnings: Vec::new(),
-        });
-    }
+    let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+    output::done(common, "volume remove", &names, &lines);
     Ok(Exit::Done)
 }
 
-fn confirmed(question: &str) -> Result<(), Failure> {
+/// Asks; without a terminal, or with another answer than yes: refused (13).
+pub(crate) fn confirmed(question: &str) -> Result<(), Failure> {
     use std::io::IsTerminal as _;
     if !std::io::stdin().is_terminal() {
         return Err(Failure::new(
@@ -425,22 +159,11 @@ fn confirmed(question: &str) -> Result<(), Failure> {
     Err(Failure::new(FailureCode::NotConfirmed, "nothing was done"))
 }
 
-/// By the daemon, which then knows; without one, directly.
-fn detach(config: &Config, name: &Name) -> Result<(), Failure> {
-    let asked = Client::connect(&config.socket(), None)
-        .and_then(|mut client| client.call("Detach", json!({ "volume": name })));
-    match asked {
-        Ok(_) => Ok(()),
-        Err(failure) if failure.code == FailureCode::NotAttached => Ok(()),
-        Err(failure) if failure.code == FailureCode::DaemonUnreachable => {
-            let direct = VolumeClient::connect(&config.runtime_dir, name.as_str(), LIMIT)
-                .and_then(VolumeClient::detach);
-            match direct {
-                Ok(()) | Err(VolumeError::NotAttached { .. }) => Ok(()),
-                Err(error) => Err(Failure::new(FailureCode::VolumeOpen, chain(&error))),
-            }
-        }
-        Err(failure) => Err(failure),
+/// By the daemon, which then knows; without one, directly. What is watched is let go of although it is in use.
+fn detach(config: &Config, volume: &VolumeConfig) -> Result<(), Failure> {
+    match crate::detach::detach(config, volume, InUse::LetGo) {
+        Err(failure) if failure.code != FailureCode::NotAttached => Err(failure),
+        Ok(_) | Err(_) => Ok(()),
     }
 }
 

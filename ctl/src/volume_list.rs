@@ -16,7 +16,7 @@ pub(crate) fn run(common: &Common) -> Result<Exit, Failure> {
         .map(|volume| VolumeEntryDocument {
             name: volume.name.to_string(),
             device: volume.device.display().to_string(),
-            node: config.node(&volume.name).display().to_string(),
+            node: config.node_of(volume).display().to_string(),
             mode: volume.mode.word().to_owned(),
             attach: volume.attach.word().to_owned(),
             repository: volume.repository.to_string(),

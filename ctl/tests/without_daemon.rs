@@ -105,7 +105,7 @@ fn wrong_usage_and_wrong_configuration_exit_2() {
         assert_eq!(place.run(words).status.code(), Some(2), "{words:?}");
     }
     for verb in [
-        "mount", "ls", "extract", "forget", "prune", "audit", "heatmap", "doctor",
+        "mount", "ls", "extract", "forget", "prune", "audit", "heatmap",
     ] {
         let (exit, code, message) = place.refused(&[verb]);
         assert_eq!((exit, code.as_str()), (2, "not_built_yet"), "{verb}");
@@ -168,6 +168,10 @@ fn volume_add_refuses_and_plans_without_a_trace() {
     assert_eq!(exit, 13, "{code}: in use, or no device at all");
     let (exit, code, _) = place.refused(&["volume", "add", "a", "--device", "/proc/version"]);
     assert_eq!((exit, code.as_str()), (13, "device_refused"));
+    let (exit, code, message) =
+        place.refused(&["volume", "add", "a", "--device", &disk, "--mode", "watch"]);
+    assert_eq!((exit, code.as_str()), (13, "mode_refused"));
+    assert!(message.contains("regular file"), "{message}");
     let (exit, code, _) = place.refused(&["volume", "add", "a", "--device", &disk]);
     assert_eq!((exit, code.as_str()), (14, "daemon_unreachable"));
     let plan = place.run(&["volume", "add", "a", "--device", &disk, "--dry-run"]);
@@ -187,4 +191,88 @@ fn volume_add_refuses_and_plans_without_a_trace() {
         Some(0)
     );
     assert_eq!(files(), 0);
+}
+
+/// req X9: what is watched is as it was for its users; without root, or without a daemon, nothing is said that is not known.
+#[test]
+fn a_watched_volume_is_its_own_node_and_has_no_process() {
+    let place = Place::new("watch");
+    place.put(
+        "volumes.d/data.toml",
+        "device = '/nonexistent'\nmode = 'watch'\nattach = 'boot'\n",
+    );
+    let list = place.run(&["volume", "list", "--json"]);
+    let document: Value = serde_json::from_slice(&list.stdout).unwrap();
+    assert_eq!(document["volumes"][0]["node"], "/nonexistent");
+    assert_eq!(document["volumes"][0]["mode"], "watch");
+    let status = place.run(&["status", "--json"]);
+    assert_eq!(status.status.code(), Some(3), "{status:?}");
+    let document: Value = serde_json::from_slice(&status.stdout).unwrap();
+    let volume = &document["volumes"][0];
+    assert_eq!(volume["node"], "/nonexistent");
+    assert_eq!(volume["pid"], Value::Null);
+    assert_eq!(volume["keeper_pid"], Value::Null);
+    assert_eq!(volume["tracking"], "off");
+    let advice = volume["advice"].to_string();
+    assert!(
+        !advice.contains("mount"),
+        "nothing is to be mounted: {advice}"
+    );
+}
+
+/// `doctor` changes nothing and is content whatever it finds.
+#[test]
+fn doctor_tells_what_a_file_can_have_and_what_to_type() {
+    let place = Place::new("doctor");
+    let disk = place.0.join("my disk.img");
+    std::fs::File::create(&disk)
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    let disk = disk.display().to_string();
+    let plain = place.run(&["doctor", &disk]);
+    assert_eq!(plain.status.code(), Some(0), "{plain:?}");
+    let told = String::from_utf8_lossy(&plain.stdout).into_owned();
+    for words in ["kernel ", "watch no: it is a regular file", "to type"] {
+        assert!(told.contains(words), "{words}: {told}");
+    }
+    let json = place.run(&["doctor", &disk, "/nonexistent", "--json"]);
+    assert_eq!(json.status.code(), Some(0), "{json:?}");
+    let document: Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(document["message_type"], "doctor");
+    for key in [
+        "release",
+        "btf",
+        "lockdown",
+        "watch",
+        "watch_why_not",
+        "fuse",
+        "loop",
+    ] {
+        assert!(document["kernel"].get(key).is_some(), "{key}: {document}");
+    }
+    let found = &document["devices"][0];
+    assert_eq!(found["size_bytes"], 1 << 20);
+    assert_eq!(found["modes"][0]["mode"], "watch");
+    assert_eq!(found["modes"][0]["possible"], false);
+    let away = &document["devices"][1];
+    assert!(
+        away["skipped"].is_string() && away["command"].is_null(),
+        "{away}"
+    );
+    if found["modes"][2]["possible"] == true {
+        assert_eq!(found["auto"], "fuse");
+        let command = found["command"].as_str().unwrap();
+        assert!(
+            command.starts_with("blktidectl volume add my-disk-img --device "),
+            "{command}"
+        );
+        assert_eq!(document["commands"][0], found["command"]);
+    }
+    assert_eq!(
+        std::fs::read_dir(place.0.join("volumes.d"))
+            .unwrap()
+            .count(),
+        0
+    );
 }

@@ -94,7 +94,6 @@ fn exit_codes() -> Result<()> {
         &["backup"],
         &["restore", "data@latest"],
         &["mount", "data@1", "/mnt"],
-        &["doctor"],
     ] {
         instance.ctl(words)?.exits(2)?;
     }

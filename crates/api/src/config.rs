@@ -457,6 +457,14 @@ impl Config {
         self.device_dir.join(name.as_str())
     }
 
+    /// What users of the volume mount: its node; in mode `watch` the device itself, as before.
+    pub fn node_of(&self, volume: &VolumeConfig) -> PathBuf {
+        match volume.mode {
+            Mode::Watch => volume.device.clone(),
+            Mode::Auto | Mode::Ublk | Mode::Fuse => self.node(&volume.name),
+        }
+    }
+
     /// The folder of one volume's state.
     pub fn volume_state_dir(&self, name: &Name) -> PathBuf {
         self.state_dir.join(name.as_str())

@@ -3,7 +3,7 @@
 //! The facts are configuration, the records of earlier backups, what the volume's server answers from memory, and
 //! the jobs. Neither a volume nor a repository is touched.
 
-use crate::config::{Attach, Config, VolumeConfig};
+use crate::config::{Attach, Config, Mode, VolumeConfig};
 use crate::failure::Exit;
 use crate::message::{
     JobDocument, STATUS, StatusDocument, VolumeDocument, VolumeRepositoryDocument,
@@ -41,9 +41,9 @@ pub struct VolumeFacts<'a> {
 pub struct LiveFacts {
     /// attached · attaching · passing-through · detaching.
     pub state: String,
-    /// The server.
+    /// The server; 0: there is none (mode watch).
     pub pid: u32,
-    /// The keeper; 0: dead.
+    /// The keeper; 0: dead, or there is none.
     pub keeper_pid: u32,
     /// Size.
     pub volume_bytes: u64,
@@ -128,11 +128,11 @@ fn volume(config: &Config, facts: &VolumeFacts<'_>, now: WallTime) -> VolumeDocu
     let default = repositories.first();
     let mut document = VolumeDocument {
         name,
-        pid: live.map(|l| l.pid),
+        pid: live.map(|l| l.pid).filter(|p| *p != 0),
         keeper_pid: live.map(|l| l.keeper_pid).filter(|p| *p != 0),
         device: facts.config.device.display().to_string(),
         mountpoint: facts.mountpoint.clone(),
-        node: config.node(&facts.config.name).display().to_string(),
+        node: config.node_of(facts.config).display().to_string(),
         mode: facts.config.mode.word().to_owned(),
         size_bytes: size_of(facts),
         block_size_bytes: facts.config.block_size.bytes(),
@@ -307,9 +307,12 @@ fn advise(document: &mut VolumeDocument, facts: &VolumeFacts<'_>) {
         ));
         document.warnings.push("passing-through".to_owned());
     } else if document.state == "detached" && facts.config.attach == Attach::Boot {
+        let then = match facts.config.mode {
+            Mode::Watch => String::new(),
+            Mode::Auto | Mode::Ublk | Mode::Fuse => format!(", then mount {}", document.node),
+        };
         advice.push(format!(
-            "{name} is not tracked. blktidectl attach {name}, then mount {}",
-            document.node
+            "{name} is not tracked. blktidectl attach {name}{then}"
         ));
         document.warnings.push("detached".to_owned());
     }

@@ -1,8 +1,8 @@
 //! Where a repository may not be made.
 
-use blktide_api::config::Config;
+use blktide_api::config::{Config, VolumeConfig};
 use blktide_api::failure::{Failure, FailureCode};
-use blktide_sys::blockdev::BlockDevice;
+use blktide_sys::blockdev::{BlockDevice, lies_on};
 use blktide_sys::mounts;
 use std::path::{Path, PathBuf};
 
@@ -59,15 +59,17 @@ fn existing(path: &Path) -> PathBuf {
         .to_owned()
 }
 
+/// The volume that a folder lies on.
 fn tracked(config: &Config, there: &Path) -> Option<String> {
-    let under = BlockDevice::under(there).ok()??;
+    let lies = |volume: &&VolumeConfig| {
+        BlockDevice::at(&config.node_of(volume))
+            .is_ok_and(|node| lies_on(there, node.number()).unwrap_or(false))
+    };
     config
         .volumes
-        .keys()
-        .find(|name| {
-            BlockDevice::at(&config.node(name)).is_ok_and(|node| node.number() == under.number())
-        })
-        .map(ToString::to_string)
+        .values()
+        .find(lies)
+        .map(|volume| volume.name.to_string())
 }
 
 /// The deepest mount point of fstab at or above `path`, if nothing is mounted there.

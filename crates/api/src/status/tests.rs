@@ -142,6 +142,27 @@ fn what_wants_somebody_exits_3() {
     assert_eq!(away, Exit::Warnings);
 }
 
+/// req X9: a watched volume has no process, its node is the device, and nothing is wrong with that.
+#[test]
+fn what_is_watched_has_no_process_and_is_its_own_node() {
+    let config = config();
+    let mut watched = config.volumes.values().next().unwrap().clone();
+    watched.mode = Mode::Watch;
+    let mut facts = facts(&config);
+    facts.config = &watched;
+    let live = facts.live.as_mut().unwrap();
+    (live.pid, live.keeper_pid) = (0, 0);
+    let (document, exit) = assemble(&config, "web1", true, &[facts], WallTime(2 * HOUR));
+    let volume = &document.volumes[0];
+    assert_eq!(exit, Exit::Done, "{:?}", volume.advice);
+    assert_eq!((volume.pid, volume.keeper_pid), (None, None));
+    assert_eq!(volume.node, volume.device);
+    assert_eq!(
+        (volume.state.as_str(), volume.mode.as_str()),
+        ("attached", "watch")
+    );
+}
+
 #[test]
 fn the_next_backup_is_told_with_its_reason() {
     let config = config();
