@@ -12,7 +12,7 @@ use std::time::Duration;
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// What the volume's tracker is opened with.
-fn options(config: &Config, volume: &VolumeConfig) -> VolumeOptions {
+pub(crate) fn options(config: &Config, volume: &VolumeConfig) -> VolumeOptions {
     VolumeOptions {
         state_dir: config.state_dir.clone(),
         runtime_dir: config.runtime_dir.clone(),

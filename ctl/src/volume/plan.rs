@@ -1,14 +1,16 @@
 //! What `volume add` is about to do, in plain words; and where its files may not lie.
 
-use blktide_api::config::{Attach, Config, Mode, OverBudget, SavePlace, VolumeConfig};
+use blktide_api::config::{Attach, Config, Instant, Mode, OverBudget, SavePlace, VolumeConfig};
 use blktide_api::failure::{Failure, FailureCode};
 use blktide_api::unit::size;
 use blktide_sys::blockdev::{self, BlockDevice};
 use blktide_sys::mounts::DeviceNumber;
+use blktide_watch::Native;
 use std::path::{Path, PathBuf};
 
 use crate::device::Found;
 use crate::modes::Facts;
+use crate::tracker;
 
 /// A bitmap of the kernel's has at most so many bytes; two are kept.
 const KERNEL_BITMAP_BYTES_MAX: u64 = 64 << 20;
@@ -82,6 +84,9 @@ impl Plan<'_> {
     /// How an image gets its instant.
     fn instant(&self) -> String {
         let volume = self.volume;
+        if self.is_native() {
+            return "read from a snapshot of LVM's, which is made and removed for it".to_owned();
+        }
         let budget = volume.freeze_budget.as_millis();
         let freezes = self.facts.file_system.is_some_and(|f| f.freezes);
         if !freezes {
@@ -97,6 +102,16 @@ impl Plan<'_> {
         format!(
             "copied ahead while in use, then frozen for the last blocks, {budget} ms at most; {over}"
         )
+    }
+
+    /// Whether the volume manager keeps the instant.
+    fn is_native(&self) -> bool {
+        let options = tracker::options(self.config, self.volume);
+        match self.volume.instant {
+            Instant::Freeze => false,
+            Instant::Auto => Native::of(&options).is_some_and(|native| native.is_safe()),
+            Instant::Lvm => Native::of(&options).is_some(),
+        }
     }
 
     fn is_root(&self) -> bool {

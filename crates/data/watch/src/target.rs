@@ -14,10 +14,6 @@ use crate::pins::failed;
 
 /// A device that could be watched.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "two facts that have nothing to do with each other"
-)]
 pub struct Target {
     /// The node.
     pub path: PathBuf,
