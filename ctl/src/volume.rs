@@ -149,7 +149,7 @@ pub(crate) fn confirmed(question: &str) -> Result<(), Failure> {
     if !std::io::stdin().is_terminal() {
         return Err(Failure::new(
             FailureCode::ConfirmationNeeded,
-            "this asks first, and there is no terminal to ask at",
+            format!("{question} There is no terminal to ask at"),
         )
         .hint("--yes answers; --dry-run shows what would be done."));
     }

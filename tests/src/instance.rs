@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use crate::clock::wait_until;
 use crate::compare::same_bytes;
+use crate::pins;
 use crate::run::{Finished, Running, Tool, kill, pids_naming};
 
 /// The program `name` under test: from `BLKTIDE_BIN_DIR`, else from the folder in which this test was built.
@@ -417,6 +418,7 @@ pub fn leave_nothing(root: &Path) {
         Ok(pids.is_empty())
     }));
     unmount_below(root, true);
+    pins::remove_of(root);
     clear_loops_below(root);
     drop(fs::remove_dir_all(root));
 }
@@ -438,6 +440,9 @@ pub fn remains(part: &str) -> Vec<String> {
                 backing.display()
             ));
         }
+    }
+    for folder in pins::folders_of(part) {
+        found.push(format!("pinned: {}", folder.display()));
     }
     for pid in pids_naming(part) {
         let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

@@ -8,7 +8,7 @@ use crate::packages::{have, root};
 
 /// All words that a `needs` line may have.
 pub const WORDS: &[&str] = &[
-    "root", "loop", "fuse", "ext4", "xfs", "fio", "memcg", "python3", "systemd", "space",
+    "root", "loop", "fuse", "bpf", "ext4", "xfs", "fio", "memcg", "python3", "systemd", "space",
 ];
 
 /// Why `need` is not to be had here; `None` if it is.
@@ -20,6 +20,10 @@ pub fn lacks(need: &str) -> Option<String> {
             "no loop devices (/dev/loop-control)",
         ),
         "fuse" => reason(opens("/dev/fuse"), "no FUSE (/dev/fuse)"),
+        "bpf" => reason(
+            Path::new("/sys/kernel/btf/vmlinux").exists(),
+            "the kernel does not describe its structures (/sys/kernel/btf/vmlinux)",
+        ),
         "ext4" => program("mkfs.ext4")
             .or_else(|| program("e2fsck"))
             .or_else(|| file_system("ext4")),

@@ -39,7 +39,11 @@ impl Place {
 
     /// A volume that was attached and detached.
     fn volume(&self, name: &str, device: &Path, id: VolumeId) {
-        let text = format!("device = '{}'\nmode = 'fuse'\n", device.display());
+        self.volume_of("fuse", name, device, id);
+    }
+
+    fn volume_of(&self, mode: &str, name: &str, device: &Path, id: VolumeId) {
+        let text = format!("device = '{}'\nmode = '{mode}'\n", device.display());
         self.put(&format!("volumes.d/{name}.toml"), &text);
         fs::create_dir_all(self.path("state").join(name)).unwrap();
         self.put(&format!("state/{name}/volume-id"), &format!("{id}\n"));
@@ -171,4 +175,17 @@ fn disks_and_their_partitions() {
             assert!(related(own, disk) && related(disk, own));
         }
     }
+}
+
+/// trap TC8: a watched volume that was detached has a bitmap file like any other. (One that is attached has none, and marks what is
+/// restored.)
+#[test]
+fn the_bitmap_of_a_watched_volume_goes_as_well() {
+    let place = Place::new("watched");
+    let device = Path::new("/dev/disk/by-uuid/none-such");
+    place.volume_of("watch", "own", device, IMAGE);
+    place.volume_of("watch", "other", device, OTHER);
+    let target = place.put("target", "x");
+    assert_eq!(place.forget(&target, true), ["own"]);
+    assert!(place.bitmap("other"));
 }
