@@ -109,13 +109,13 @@ pub(crate) const fn cost(mode: Mode) -> &'static str {
     match mode {
         Mode::Auto => "",
         Mode::Watch => {
-            "memory of the kernel, 64 MiB for each TiB; a freeze at each backup, 100 ms unless configured otherwise; after a crash, and after a boot that wrote before it was attached, the next backup reads everything"
+            "kernel memory, 64 MiB a TiB; a freeze a backup (freeze_budget); after a crash, or a boot that wrote before it was attached, the next backup reads everything"
         }
         Mode::Ublk => {
-            "reads and writes pass a process; originals of what is overwritten during a backup need room; after a crash the next backup reads everything"
+            "reads and writes pass a process; room for originals during a backup; after a crash the next backup reads everything"
         }
         Mode::Fuse => {
-            "unmounted once, and another node in fstab; reads and writes pass a process; originals of what is overwritten during a backup need room; after a crash the next backup reads everything"
+            "unmounted once, and another node in fstab; reads and writes pass a process; room for originals during a backup; after a crash the next backup reads everything"
         }
     }
 }
