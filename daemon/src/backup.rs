@@ -301,6 +301,12 @@ pub(crate) fn volume_failure(name: &Name, error: &VolumeError) -> Failure {
         VolumeError::Refused { kind, .. } if *kind == blktide_volume::error::Refusal::Busy => {
             Failure::new(FailureCode::Busy, words)
         }
+        VolumeError::Refused { kind, .. }
+            if *kind == blktide_volume::error::Refusal::Unwatchable =>
+        {
+            Failure::new(FailureCode::ModeRefused, words)
+                .hint("blktidectl doctor shows what each device can have")
+        }
         _ => Failure::new(FailureCode::Failed, words),
     }
 }

@@ -16,7 +16,6 @@ use blktide_api::name::Name;
 use blktide_api::status::warning_text;
 use blktide_sys::event::pause;
 use blktide_sys::process::PidFd;
-use blktide_volume::error::Refusal;
 use blktide_volume::message::{VolumeState, VolumeStatus};
 use blktide_volume::{VolumeClient, VolumeError};
 use std::os::unix::process::CommandExt as _;
@@ -96,7 +95,7 @@ fn attach_watched(
                 blktide_watch::Attached::Before => " already",
             };
             Ok(vec![format!(
-                "{name} is attached{already}: {device} is watched, and mounted as before"
+                "{name} is attached{already}: {device} is watched, and used as before"
             )])
         }
         Err(error) => {
@@ -108,12 +107,6 @@ fn attach_watched(
 }
 
 fn attach_failure(name: &Name, error: &VolumeError) -> Failure {
-    let unwatchable =
-        matches!(error, VolumeError::Refused { kind, .. } if *kind == Refusal::Unwatchable);
-    if unwatchable {
-        return Failure::new(FailureCode::DeviceRefused, crate::daemon::chain(error))
-            .hint("blktidectl doctor shows what each device can have");
-    }
     if matches!(error, VolumeError::Refused { .. }) {
         return volume_failure(name, error);
     }

@@ -1,13 +1,14 @@
 //! Beginning to watch, and ending it.
 //!
 //! ```text
-//! attach:  lock ─▶ obstacles? ─▶ fence, if nobody uses it ─▶ load, pin (_NAME) ─▶ links: marks from here on
+//! attach:  lock ─▶ obstacles? ─▶ load, pin (_NAME) ─▶ links: marks from here on ─▶ fence, if nobody uses it
 //!          ─▶ hand-over of the bitmap: marker 'open', file consumed ─▶ NAME: attached ─▶ fence let go
 //! detach:  closed (the fence is ours): drained, evidence, stored ─▶ pins gone
 //!          live: marker says why, durable ─▶ pins gone
 //! ```
-//! **Invariant**: a stored bitmap is believed only if the fence was ours from before its evidence was looked at until after the
-//! links were there; and it is stored only if nothing was marked since it was taken. Of a volume in use nothing is believed.
+//! **Invariant**: a stored bitmap is believed only if the links were there, and then the fence was ours, before its evidence was
+//! looked at, and until the marker says 'open'; and it is stored only if nothing was marked since it was taken. Of a volume in use
+//! nothing is believed.
 
 use blktide_device::DeviceError;
 use blktide_engine::Engine;
@@ -67,9 +68,10 @@ pub fn attach(
         pins.remove()?;
     }
     refuse_obstacles(&target)?;
-    let fence = fence(options)?;
     let unfinished = pins.begin().map_err(|e| explained(&target, e))?;
     let mut watched = load(options, &target, &unfinished).map_err(|e| explained(&target, e))?;
+    // No sooner: while it is ours a mount is refused. What is written before it is marked already.
+    let fence = fence(options)?;
     let device = handover_device(options, &target, fence.as_ref())?;
     let writers = if fence.is_some() {
         Writers::None
