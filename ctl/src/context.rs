@@ -13,7 +13,7 @@ use std::time::Duration;
 use blktide_job::environment::{Environment, OpenSessions};
 use blktide_job::running::OnProgress;
 use blktide_repo::ProcessMark;
-use blktide_types::id::BootId;
+use blktide_types::id::{BootId, HostId};
 
 /// Options that every verb takes.
 #[derive(clap::Args, Clone, Debug, Default)]
@@ -93,16 +93,14 @@ impl ReadFiles for Disk {
 }
 
 /// What the jobs that run in this process are given.
-pub(crate) fn environment(on_progress: Option<OnProgress>) -> Result<Environment, Failure> {
-    let host =
-        host::machine_id().map_err(|error| Failure::new(FailureCode::Failed, chain(&error)))?;
-    Ok(Environment {
+pub(crate) fn environment(on_progress: Option<OnProgress>) -> Environment {
+    Environment {
         clock: Arc::new(SystemClock),
         random: Arc::new(SystemRandom::new()),
         on_progress,
-        host,
+        // These jobs claim nothing: who they are is never looked at. A rescue system has no machine-id.
+        host: host::machine_id().unwrap_or(HostId::NONE),
         host_name: host::host_name(),
-        // These jobs claim nothing: who they are is never looked at.
         process: ProcessMark {
             boot: host::boot_id().unwrap_or(BootId::NONE),
             pid: std::process::id(),
@@ -110,7 +108,7 @@ pub(crate) fn environment(on_progress: Option<OnProgress>) -> Result<Environment
         },
         is_alive: Arc::new(|_process| true),
         sessions: Arc::new(OpenSessions::default()),
-    })
+    }
 }
 
 /// A connection to the daemon. `limit`: the longest wait for one reply; `None`: as long as it takes.

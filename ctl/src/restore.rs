@@ -92,7 +92,7 @@ pub(crate) fn run(args: &Args, common: &Common) -> Result<Exit, Failure> {
         target,
         workers: 0,
     };
-    let environment = environment(output::progress(common, "restoring"))?;
+    let environment = environment(output::progress(common, "restoring"));
     let outcome =
         restore::start(request, &environment).and_then(|running| interrupts.wait(running));
     let report = outcome.map_err(|error| {

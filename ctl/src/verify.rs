@@ -57,7 +57,7 @@ pub(crate) fn run(args: &Args, common: &Common) -> Result<Exit, Failure> {
             },
             workers: 0,
         };
-        let environment = environment(output::progress(common, "verifying"))?;
+        let environment = environment(output::progress(common, "verifying"));
         let running = verify::start(request, &environment).map_err(|e| place.failure(&e))?;
         let proof = interrupts.wait(running).map_err(|e| place.failure(&e))?;
         whole.images += proof.images;
