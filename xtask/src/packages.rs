@@ -29,11 +29,41 @@ pub const TEST: &[Need] = &[
     ("kill", "procps"),
 ];
 
+/// What the tests in virtual machines use.
+const VM: &[Need] = &[
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("depmod", "kmod"),
+    ("zstd", "zstd"),
+    ("lz4", "lz4"),
+    ("mmdebstrap", "mmdebstrap"),
+    ("extlinux", "extlinux"),
+    ("debugfs", "e2fsprogs"),
+    ("python3", "python3"),
+    ("fio", "fio"),
+    ("dmsetup", "dmsetup"),
+    ("lvcreate", "lvm2"),
+    ("thin_check", "thin-provisioning-tools"),
+];
+
+/// What the tests in virtual machines use. Debian 12 has virtiofsd in a package of QEMU's.
+pub fn vm() -> Vec<Need> {
+    let own = Command::new("apt-cache")
+        .args(["show", "virtiofsd"])
+        .output();
+    let package = if own.is_ok_and(|o| !o.stdout.is_empty()) {
+        "virtiofsd"
+    } else {
+        "qemu-system-common"
+    };
+    VM.iter().copied().chain([("virtiofsd", package)]).collect()
+}
+
 /// Whether a program is there.
 pub fn have(program: &str) -> bool {
     let path = std::env::var("PATH").unwrap_or_default();
     path.split(':')
-        .chain(["/usr/sbin", "/sbin"])
+        .chain(["/usr/sbin", "/sbin", "/usr/libexec", "/usr/lib/qemu"])
         .any(|folder| Path::new(folder).join(program).is_file())
 }
 

@@ -5,7 +5,7 @@ use blktide_types::reason::Reason;
 use std::fs;
 use std::path::Path;
 
-use crate::{imports, source, test};
+use crate::{imports, source, test, vm};
 
 /// The one crate with unsafe code.
 const UNSAFE_CRATE: &str = "crates/base/sys/src/lib.rs";
@@ -55,6 +55,11 @@ pub fn run() -> Result<()> {
         }
     }
     check_end_to_end(&mut errors)?;
+    for script in vm::scripts()? {
+        if let Err(error) = vm::Header::of(&fs::read_to_string(&script)?) {
+            errors.push(format!("{}: {error:#}", script.display()));
+        }
+    }
     check_architecture(&mut errors);
     check_reasons(&mut errors);
     ensure!(errors.is_empty(), "{}", errors.join("\n"));

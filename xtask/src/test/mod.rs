@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  unit and model tests → examples in the docs → loom models → programs (release, static) → end to end, by need
+//!    → on stock kernels in virtual machines
 //! ```
 //! **Invariant**: a test that did not run is named, with the reason; a test that left something behind has failed.
 
@@ -15,8 +16,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use crate::build::{self, TestProgram};
-use crate::{packages, source};
-use tally::Tally;
+use crate::{packages, source, vm};
+pub use tally::Tally;
 
 /// The longest that one program of unit or model tests may run, seconds.
 const UNIT_LIMIT: u64 = 600;
@@ -110,6 +111,13 @@ pub fn run(wanted: &Wanted) -> Result<ExitCode> {
     }
     loom(wanted, &mut tally);
     end_to_end(wanted, &mut tally)?;
+    let in_vms = vm::Wanted {
+        install: wanted.install,
+        long: wanted.long,
+        only: wanted.only.clone(),
+        kernel: None,
+    };
+    vm::add(&in_vms, &mut tally)?;
     println!("{:.0} s in all", watch.seconds());
     Ok(tally.close())
 }

@@ -80,6 +80,22 @@ impl Tally {
         self.show(name, &format!("{}\n{}\n{why}", done.stdout, done.stderr));
     }
 
+    /// Counts the end of a script that is one case: its exit code is its word.
+    pub fn add_script(&mut self, name: &str, ended: Result<Finished>) {
+        match ended {
+            Ok(done) if done.code == Some(0) => {
+                self.passed += 1;
+                println!("ok      {name}: {:.1} s", done.seconds);
+                self.told(&done);
+            }
+            Ok(done) => {
+                let why = format!("exit {:?}, signal {:?}", done.code, done.signal);
+                self.failed(name, &format!("{}\n{}\n{why}", done.stdout, done.stderr));
+            }
+            Err(error) => self.failed(name, &format!("{error:#}")),
+        }
+    }
+
     /// The figures that a test reports: what follows `figure: ` in a line; libtest has the first one behind the test's name.
     fn told(&self, done: &Finished) {
         for line in done.stdout.lines().chain(done.stderr.lines()) {
