@@ -59,7 +59,7 @@ answers() {
 backup() {
     say "backup $1"
     said=$(blktidectl backup "$1" --json) || fail "backup $1: $said"
-    [ "$(value kind)" = "$2" ] || fail "wanted a $2 image: $said"
+    [ "$(value kind)" = "$2" ] || fail "wanted a $2 image: $said $(blktidectl status --json)"
     read_kib=$(($(value read_bytes) >> 10))
     took=$(value seconds | cut -c1-4)
 }
@@ -99,8 +99,10 @@ equal_but_journal() {
     [ $code -le 1 ] || fail "cmp $1 $2"
     awk '{ b = int(($1 - 1) / 4096); if (b != last || NR == 1) print b; last = b }' differ.bytes >differ
     rm differ.bytes
-    [ -s differ ] || return 0
-    foreign=$(debugfs -R "icheck $(grep -vx 0 differ | tr '\n' ' ')" "$1" 2>/dev/null | awk 'NR > 1 && $2 != 8')
+    blocks=$(grep -vx 0 differ | head -n 10000 | tr '\n' ' ')
+    debugfs -R "icheck $blocks" "$1" 2>/dev/null | tail -n +2 >differ.inodes
+    [ "$(wc -l <differ.inodes)" -eq "$(grep -cvx 0 differ)" ] || fail "$(wc -l <differ) blocks differ, too many to look at"
+    foreign=$(awk '$2 != 8' differ.inodes)
     [ -z "$foreign" ] || fail "blocks (and inodes) that differ from the volume: $foreign"
 }
 
@@ -111,7 +113,7 @@ chain() {
     mkfs.ext4 -q -F -b 4096 -E lazy_itable_init=0 "$2"
     mkdir -p "/srv/$1"
     add_volume "$1" "$2" "/srv/$1"
-    fio --name="$1" --filename="/srv/$1/file" --size=48M --rw=randwrite --bs=4k --iodepth=16 --ioengine=libaio --direct=1 \
+    fio --name="$1" --filename="/srv/$1/file" --size=16M --rw=randwrite --bs=4k --iodepth=16 --rate_iops=400 --ioengine=libaio --direct=1 \
         --time_based --runtime=3600 --output="/run/$1.fio" &
     writing=$!
     until_ok 120 test -s "/srv/$1/file"
