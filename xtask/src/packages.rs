@@ -27,6 +27,8 @@ pub const TEST: &[Need] = &[
     ("cmp", "diffutils"),
     ("python3", "python3"),
     ("kill", "procps"),
+    ("clang", "clang"),
+    ("llvm-strip", "llvm"),
 ];
 
 /// What the tests in virtual machines use.

@@ -1,11 +1,12 @@
 //! `cargo xtask test`: all tests that this machine can run, each with a limit of time, and what is left behind counted.
 //!
 //! ```text
-//!  unit and model tests → examples in the docs → loom models → programs (release, static) → end to end, by need
-//!    → on stock kernels in virtual machines
+//!  the shipped marker → unit and model tests → examples in the docs → loom models → programs (release, static)
+//!    → end to end, by need → on stock kernels in virtual machines
 //! ```
 //! **Invariant**: a test that did not run is named, with the reason; a test that left something behind has failed.
 
+mod marker;
 mod probe;
 mod tally;
 
@@ -105,6 +106,9 @@ pub fn run(wanted: &Wanted) -> Result<ExitCode> {
     }
     let watch = Stopwatch::start();
     let mut tally = Tally::default();
+    if wanted.names("watch", "marker") {
+        marker::check(&mut tally);
+    }
     unit(wanted, &mut tally);
     if wanted.only.is_none() {
         examples(&mut tally);
