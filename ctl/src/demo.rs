@@ -12,12 +12,13 @@ mod command;
 mod proof;
 mod recorder;
 mod story;
+mod superblock;
 mod traces;
 mod tree;
 
 use anyhow::{Context, Result, bail, ensure};
 use blktide_sys::clock::SystemRandom;
-use blktide_sys::event::{SignalFd, Signals, Watched, poll};
+use blktide_sys::event::{SignalFd, Signals, Watched, poll, wait_readable};
 use blktide_sys::process::{Exit, own_uid};
 use blktide_sys::spawn::{Launch, Program, launch};
 use blktide_types::clock::Random;
@@ -25,6 +26,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Where it works.
 const PARENT: &str = "/var/tmp";
@@ -36,6 +38,8 @@ const PROGRAMS: &str = "BLKTIDE_DEMO_PROGRAMS";
 const SPACE_BYTES: u64 = 7 << 30;
 /// The file in which the story leaves its last line.
 const LAST_LINE: &str = "last-line";
+/// How often it is looked whether a story that was killed has ended.
+const LOOK: Duration = Duration::from_millis(100);
 /// Programs of other packages that the story calls.
 const TOOLS: &[(&str, &str)] = &[
     ("mkfs.ext4", "e2fsprogs"),
@@ -45,20 +49,47 @@ const TOOLS: &[(&str, &str)] = &[
     ("losetup", "mount"),
 ];
 
-/// The verb. Exit code 0, 1 (something is not right) or 130 (interrupted); then nothing of it is left.
-///
-/// Waits: a minute or two.
-pub(crate) fn run() -> Result<ExitCode> {
-    match (std::env::var_os(FOLDER), std::env::var_os(PROGRAMS)) {
-        (Some(folder), Some(programs)) => {
-            story::run(Path::new(&folder), Path::new(&programs)).map(|()| ExitCode::SUCCESS)
+/// Which way of tracking is shown.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// A volume that is put under the tracker, then mounted
+    Fuse,
+    /// A mounted file system that is being written; needs a kernel with BTF
+    Watch,
+}
+
+impl Mode {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Fuse => "fuse",
+            Self::Watch => "watch",
         }
-        _ => supervise(),
     }
 }
 
-fn supervise() -> Result<ExitCode> {
-    check_machine()?;
+/// The verb's arguments.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct Args {
+    /// How the volume is tracked
+    #[arg(long, value_enum, default_value_t = Mode::Fuse)]
+    mode: Mode,
+}
+
+/// The verb. Exit code 0, 1 (something is not right) or 130 (interrupted); then nothing of it is left.
+///
+/// Waits: a minute or two.
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    match (std::env::var_os(FOLDER), std::env::var_os(PROGRAMS)) {
+        (Some(folder), Some(programs)) => {
+            story::run(args.mode, Path::new(&folder), Path::new(&programs))
+                .map(|()| ExitCode::SUCCESS)
+        }
+        _ => supervise(args.mode),
+    }
+}
+
+fn supervise(mode: Mode) -> Result<ExitCode> {
+    check_machine(mode)?;
     // Before anything is made: from here on a signal is an event, not an end.
     let signals = SignalFd::new(&[Signals::Interrupt, Signals::Terminate, Signals::Reload])?;
     let folder = make_folder()?;
@@ -68,7 +99,7 @@ fn supervise() -> Result<ExitCode> {
         size(blktide_sys::fs::free_bytes(&folder)?),
         size(SPACE_BYTES)
     ));
-    let ended = act(&folder, &signals);
+    let ended = act(mode, &folder, &signals);
     let last_line = std::fs::read_to_string(folder.join(LAST_LINE)).unwrap_or_default();
     let left = traces::undo(&folder);
     ensure!(
@@ -92,18 +123,25 @@ fn supervise() -> Result<ExitCode> {
     }
 }
 
-fn check_machine() -> Result<()> {
+fn check_machine(mode: Mode) -> Result<()> {
     ensure!(
         own_uid() == 0,
         "demo: needs root, for loop devices and mounts"
     );
+    if mode == Mode::Watch {
+        blktide_watch::probe().context("demo: mode watch cannot be had on this machine")?;
+    }
     for (tool, package) in TOOLS {
         ensure!(
             command::is_there(tool),
             "demo: no program {tool}: apt-get install {package}"
         );
     }
-    for device in ["/dev/fuse", "/dev/loop-control"] {
+    let devices: &[&str] = match mode {
+        Mode::Fuse => &["/dev/fuse", "/dev/loop-control"],
+        Mode::Watch => &["/dev/loop-control"],
+    };
+    for device in devices {
         ensure!(
             Path::new(device).exists(),
             "demo: no {device} on this machine"
@@ -136,7 +174,7 @@ enum Ended {
 }
 
 /// Lets the story run, to its end or to a signal's; then it does not run any more.
-fn act(folder: &Path, signals: &SignalFd) -> Result<Ended> {
+fn act(mode: Mode, folder: &Path, signals: &SignalFd) -> Result<Ended> {
     let own = std::env::current_exe()?;
     let programs = own.parent().context("a program lies in a folder")?;
     let mut environment: Vec<OsString> = std::env::vars_os()
@@ -148,7 +186,7 @@ fn act(folder: &Path, signals: &SignalFd) -> Result<Ended> {
     let environment: Vec<&OsStr> = environment.iter().map(OsString::as_os_str).collect();
     let story = launch(&Launch {
         program: &Program::this()?,
-        arguments: &[OsStr::new("blktidectl"), OsStr::new("demo")],
+        arguments: &["blktidectl", "demo", "--mode", mode.word()].map(OsStr::new),
         environment: &environment,
         descriptors: &[],
         new_session: true,
@@ -164,6 +202,10 @@ fn act(folder: &Path, signals: &SignalFd) -> Result<Ended> {
         }
         if signals.take()?.is_some() {
             story.process.signal(Signals::Kill)?;
+            while !wait_readable(&story.process, Some(LOOK))? {
+                // Its writer does not end while the volume is frozen.
+                traces::thaw(folder);
+            }
             story.process.wait()?;
             return Ok(Ended::Interrupted);
         }

@@ -73,7 +73,7 @@ enum Verb {
     /// Each device: which modes, what they give and cost, the line to type; and what this kernel has
     Doctor(doctor::Args),
     /// The main job on a real file system, in a folder that goes away again
-    Demo,
+    Demo(demo::Args),
     /// Not built yet
     #[command(hide = true)]
     Mount(Later),
@@ -108,7 +108,7 @@ fn main() -> ExitCode {
     // Wrong usage ends here, with 2; --help and --version with 0.
     let CommandLine { common, verb } = CommandLine::parse();
     let outcome = match &verb {
-        Verb::Demo => return demonstrate(),
+        Verb::Demo(args) => return demonstrate(args),
         Verb::Status(args) => status::run(args, &common),
         Verb::Volume(args) => volume::run(args, &common),
         Verb::Backup(args) => backup::run(args, &common),
@@ -136,8 +136,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn demonstrate() -> ExitCode {
-    demo::run().unwrap_or_else(|error| {
+fn demonstrate(args: &demo::Args) -> ExitCode {
+    demo::run(args).unwrap_or_else(|error| {
         output::complain(&format!("{error:#}"));
         ExitCode::FAILURE
     })

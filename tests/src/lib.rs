@@ -19,6 +19,7 @@
 mod clock;
 mod compare;
 mod counters;
+mod demo;
 mod devices;
 mod fio;
 mod instance;
@@ -30,6 +31,7 @@ mod seed;
 pub use clock::{Stopwatch, pass, wait_until};
 pub use compare::{blocks_that_differ, copy_sparse, same_bytes, same_trees};
 pub use counters::DeviceCounters;
+pub use demo::Demo;
 pub use devices::{FileSystem, LoopDevice, Mounted, backing_file, fill_file, make_file};
 pub use fio::{Fio, FioRun};
 pub use instance::{Instance, Reply, binary, leave_nothing, number_at, put, remains, text_of};

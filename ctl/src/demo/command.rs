@@ -5,6 +5,7 @@ use serde_json::Value;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 /// Folders of system programs, which not every `PATH` has.
 const FOLDERS: &[&str] = &["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
@@ -86,6 +87,12 @@ impl Blktidectl {
             .or_else(|_| serde_json::from_str(text.lines().last().unwrap_or_default()))
             .with_context(|| format!("blktidectl {}: no JSON: {text}", words.join(" ")))
     }
+}
+
+/// Milliseconds: `12.345`.
+pub(super) fn decimal(time: Duration) -> String {
+    let micros = time.as_micros();
+    format!("{}.{:03}", micros / 1000, micros % 1000)
 }
 
 /// The number at `key`.

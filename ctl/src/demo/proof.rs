@@ -5,6 +5,9 @@
 //! So at the instant each unit of the volume is as in that copy, or holds a write of the record. What the kernel has written
 //! of its own meanwhile (the backup syncs the file system just before its instant: a commit, an inode's times) is looked
 //! for right after the backup: such a unit is one of its two states, before or after, and it is counted.
+//!
+//! An instant inside a freeze has one unit that is neither: the superblock, which says then, and only then, that no journal is
+//! to be replayed.
 
 use anyhow::{Context, Result, ensure};
 use blktide_sys::fs::{open_direct_read, read_aligned, size_of, write_full};
@@ -13,8 +16,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use super::Mode;
 use super::command::tool;
 use super::recorder::{Record, UNIT};
+use super::superblock::stands_still;
 use super::tree::Tree;
 
 const PIECE: usize = 1 << 20;
@@ -24,6 +29,7 @@ const OWN_WRITES_MAX: u64 = 64;
 /// What was true before a backup, and what was different right after it.
 #[derive(Debug)]
 pub(super) struct Truth {
+    mode: Mode,
     copy: PathBuf,
     backing: PathBuf,
     tree: Tree,
@@ -40,13 +46,15 @@ pub(super) struct Proven {
     pub(super) recorded: u64,
     /// Units that the kernel wrote meanwhile.
     pub(super) own: u64,
+    /// Units that only a freeze has so: 1, the superblock, or 0.
+    pub(super) frozen: u64,
     /// Files whose digests were compared.
     pub(super) files: usize,
 }
 
 impl Truth {
     /// Copies the backing file, past the page cache, to a sparse file.
-    pub(super) fn keep(backing: &Path, copy: &Path, tree: &Tree) -> Result<Self> {
+    pub(super) fn keep(mode: Mode, backing: &Path, copy: &Path, tree: &Tree) -> Result<Self> {
         let from = open_direct_read(backing)?;
         let bytes = size_of(&from)?;
         let to = File::create_new(copy)?;
@@ -59,6 +67,7 @@ impl Truth {
         }
         to.set_len(bytes)?;
         Ok(Self {
+            mode,
             copy: copy.to_owned(),
             backing: backing.to_owned(),
             tree: tree.clone(),
@@ -91,11 +100,13 @@ impl Truth {
         Ok(fs::metadata(&self.copy)?.blocks() * 512)
     }
 
-    /// Proves a restored image. It is written to (the journal is replayed), so it is used up.
+    /// Proves a restored image. It is written to where the journal is to be replayed, so it is used up.
     pub(super) fn prove(&self, restored: &Path, dir: &Path, record: &Record) -> Result<Proven> {
         let mut proven = self.compare_bytes(restored, record)?;
-        // As after a power cut: first the journal, then nothing may be left to mend.
-        tool("e2fsck", &["-p".as_ref(), restored.as_os_str()], &[0, 1])?;
+        if self.mode == Mode::Fuse {
+            // As after a power cut: first the journal, then nothing may be left to mend.
+            tool("e2fsck", &["-p".as_ref(), restored.as_os_str()], &[0, 1])?;
+        }
         tool(
             "e2fsck",
             &["-f".as_ref(), "-n".as_ref(), restored.as_os_str()],
@@ -144,11 +155,14 @@ impl Truth {
                 if was == is {
                     continue;
                 }
+                let after = self.after.get(&unit).map_or(was, Vec::as_slice);
                 if record.number_in(is).is_some() {
                     proven.recorded += 1;
+                } else if unit == 0 && self.mode == Mode::Watch && stands_still(is, after) {
+                    proven.frozen += 1;
                 } else {
                     ensure!(
-                        self.after.get(&unit).is_some_and(|after| after == is),
+                        after == is,
                         "byte {unit} of the image is neither what was there nor what was written"
                     );
                     proven.own += 1;
@@ -159,6 +173,10 @@ impl Truth {
             proven.own <= OWN_WRITES_MAX,
             "{} units differ from the truth",
             proven.own
+        );
+        ensure!(
+            self.mode == Mode::Fuse || proven.frozen == 1,
+            "the image is not of a moment in which the file system was frozen"
         );
         Ok(proven)
     }

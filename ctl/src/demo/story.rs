@@ -1,22 +1,28 @@
 //! What the demo does, step by step, and what it says of it.
+//!
+//! ```text
+//!  fuse:   blktided ─▶ tracker ─▶ ext4 on its node, files, writer ─▶ full ─▶ changes                    ─▶ incremental ─▶ proof
+//!  watch:  ext4 on a loop device, files, writer ─▶ blktided ─▶ tracker ─▶ full ─▶ no blktided, changes ─▶ incremental ─▶ proof
+//! ```
 
-use anyhow::{Context, Result, bail, ensure};
+mod daemon;
+mod tracker;
+
+use anyhow::{Context, Result, ensure};
 use blktide_sys::clock::SystemClock;
-use blktide_sys::event::pause;
 use blktide_sys::fs::{create_if_absent, sync_file_system};
+use blktide_sys::mounts;
 use blktide_types::clock::{Clock, Instant};
 use serde_json::Value;
-use std::fs::{self, File, OpenOptions};
-use std::os::unix::net::UnixStream;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use super::command::{Blktidectl, number, text, tool};
-use super::proof::Truth;
-use super::recorder::Recorder;
+use super::command::{Blktidectl, decimal, number, text, tool};
+use super::proof::{Proven, Truth};
+use super::recorder::{Record, Recorder};
 use super::tree::Tree;
-use super::{LAST_LINE, say, size};
+use super::{LAST_LINE, Mode, say, size};
 
 /// Bytes of the volume: 2.25 GiB.
 const VOLUME_BYTES: u64 = 9 << 28;
@@ -24,6 +30,7 @@ const VOLUME_BYTES: u64 = 9 << 28;
 const CHANGED_BLOCKS: u64 = VOLUME_BYTES / 65536 / 100;
 
 struct Story {
+    mode: Mode,
     folder: PathBuf,
     programs: PathBuf,
     ctl: Blktidectl,
@@ -38,9 +45,13 @@ struct Step {
     writes: (u64, u64),
 }
 
+/// Both backups, the writer's record, and where the volume is mounted.
+type Played = (Step, Step, Record, PathBuf);
+
 /// Plays it in `folder`, which somebody else removes. The last line is left in a file there.
-pub(super) fn run(folder: &Path, programs: &Path) -> Result<()> {
+pub(super) fn run(mode: Mode, folder: &Path, programs: &Path) -> Result<()> {
     let story = Story {
+        mode,
         folder: folder.to_owned(),
         programs: programs.to_owned(),
         ctl: Blktidectl::new(programs, &folder.join("blktide.toml")),
@@ -59,12 +70,81 @@ pub(super) fn run(folder: &Path, programs: &Path) -> Result<()> {
 
 impl Story {
     fn play(&self) -> Result<()> {
+        let (first, second, record, mounted) = match self.mode {
+            Mode::Fuse => self.play_fuse()?,
+            Mode::Watch => self.play_watch()?,
+        };
+        for (number, step) in [(1, &first), (2, &second)] {
+            self.prove(number, step, &record)?;
+        }
+        let checked = self.ctl.run(&["verify", "--read-data"])?;
+        self.tell(&format!(
+            "verify: {} of images read, no damage",
+            size(number(&checked, "checked_bytes")?)
+        ));
+        self.put_away(&mounted)?;
+        let read = number(&second.summary, "read_bytes")?;
+        let stood = first.stood_still()?.max(second.stood_still()?);
+        let watched = match self.mode {
+            Mode::Fuse => String::new(),
+            Mode::Watch => format!(
+                "; nothing was unmounted, writers stood still for {} ms at most",
+                decimal(stood)
+            ),
+        };
+        let line = format!(
+            "demo: OK: 2 images of {} equal the volume at their instants; the second read {} ({}){watched}; {}\n",
+            size(VOLUME_BYTES),
+            size(read),
+            share(read),
+            seconds(self.begun)
+        );
+        create_if_absent(&self.path(LAST_LINE), line.as_bytes(), 0o600)?;
+        Ok(())
+    }
+
+    /// The tracker first: the file system is made on its node.
+    fn play_fuse(&self) -> Result<Played> {
         self.start_daemon()?;
         let node = self.track()?;
         let mounted = self.mount(&node)?;
-        let watch = SystemClock.now();
-        let mut tree = Tree::copy(&mounted.join("tree"))?;
+        let (mut tree, recorder) = self.fill(&mounted)?;
+        let first = self.back_up(&recorder, &mounted, &tree, "full")?;
+        self.change(&mounted, &mut tree)?;
+        let second = self.back_up(&recorder, &mounted, &tree, "incremental")?;
+        self.end_writer(recorder, first, second, mounted)
+    }
+
+    /// The file system first, and in use; nothing of its way changes.
+    fn play_watch(&self) -> Result<Played> {
+        let device = self.loop_device()?;
+        let mounted = self.mount(&device)?;
+        let mount = mount_number(&mounted)?;
+        let (mut tree, recorder) = self.fill(&mounted)?;
+        let daemon = self.start_daemon()?;
+        self.watch(&device)?;
+        let first = self.back_up(&recorder, &mounted, &tree, "full")?;
+        self.end_daemon(daemon)?;
+        self.change(&mounted, &mut tree)?;
         sync(&mounted)?;
+        self.start_daemon()?;
+        self.still_tracked()?;
+        let second = self.back_up(&recorder, &mounted, &tree, "incremental")?;
+        ensure!(
+            mount_number(&mounted)? == mount,
+            "it was unmounted and mounted again"
+        );
+        self.tell(&format!(
+            "{} was mounted once, by the kernel's number {mount}, before there was a tracker, and still is",
+            device.display()
+        ));
+        self.end_writer(recorder, first, second, mounted)
+    }
+
+    fn fill(&self, mounted: &Path) -> Result<(Tree, Recorder)> {
+        let watch = SystemClock.now();
+        let tree = Tree::copy(&mounted.join("tree"))?;
+        sync(mounted)?;
         self.tell(&format!(
             "copied {} files of this machine, {}, and synced: {}",
             tree.count(),
@@ -73,7 +153,10 @@ impl Story {
         ));
         let recorder = Recorder::start(&mounted.join("recorder"))?;
         self.tell("a writer goes on from here: direct writes of 4 KiB, each numbered, one after the other");
-        let first = self.back_up(&recorder, &mounted, &tree, &["data", "full"])?;
+        Ok((tree, recorder))
+    }
+
+    fn change(&self, mounted: &Path, tree: &mut Tree) -> Result<()> {
         let watch = SystemClock.now();
         let changed = tree.change(&mounted.join("tree"), CHANGED_BLOCKS)?;
         self.tell(&format!(
@@ -85,29 +168,24 @@ impl Story {
             VOLUME_BYTES / 65536,
             seconds(watch)
         ));
-        let second = self.back_up(&recorder, &mounted, &tree, &["data", "incremental"])?;
+        Ok(())
+    }
+
+    fn end_writer(
+        &self,
+        recorder: Recorder,
+        first: Step,
+        second: Step,
+        mounted: PathBuf,
+    ) -> Result<Played> {
         let record = recorder.record();
         let longest = recorder.finish()?;
-        self.tell(&writer_ended(&second, longest));
-        for (number, step) in [(1, &first), (2, &second)] {
-            self.prove(number, step, &record)?;
-        }
-        let checked = self.ctl.run(&["verify", "--read-data"])?;
         self.tell(&format!(
-            "verify: {} of images read, no damage",
-            size(number(&checked, "checked_bytes")?)
+            "the writer ends after {} writes; the longest waited {} ms",
+            second.writes.1,
+            decimal(longest)
         ));
-        self.put_away(&mounted)?;
-        let read = number(&second.summary, "read_bytes")?;
-        let line = format!(
-            "demo: OK: 2 images of {} equal the volume at their instants; the second read {} ({}); {}\n",
-            size(VOLUME_BYTES),
-            size(read),
-            share(read),
-            seconds(self.begun)
-        );
-        create_if_absent(&self.path(LAST_LINE), line.as_bytes(), 0o600)?;
-        Ok(())
+        Ok((first, second, record, mounted))
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -118,82 +196,6 @@ impl Story {
     fn tell(&self, line: &str) {
         let tenths = SystemClock.now().since(self.begun).as_millis() / 100;
         say(&format!("{:4}.{} s  {line}", tenths / 10, tenths % 10));
-    }
-
-    fn start_daemon(&self) -> Result<()> {
-        for name in ["run", "state", "volumes.d", "repositories.d", "dev", "save"] {
-            fs::create_dir(self.path(name))?;
-        }
-        let root = self.folder.display();
-        let text = format!(
-            "runtime_dir = \"{root}/run\"\nstate_dir = \"{root}/state\"\nvolumes_dir = \"{root}/volumes.d\"\n\
-             repositories_dir = \"{root}/repositories.d\"\ndevice_dir = \"{root}/dev\"\n\
-             [defaults.save_area]\npath = \"{root}/save\"\n"
-        );
-        create_if_absent(&self.path("blktide.toml"), text.as_bytes(), 0o600)?;
-        let log = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(self.path("blktided.log"))?;
-        let mut daemon = Command::new(self.programs.join("blktided"))
-            .arg("--config")
-            .arg(self.path("blktide.toml"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("blktided")?;
-        let socket = self.path("run/blktide.sock");
-        for _ in 0..500 {
-            if UnixStream::connect(&socket).is_ok() {
-                self.tell(&format!(
-                    "blktided runs, process {}, configuration and sockets in the folder",
-                    daemon.id()
-                ));
-                return Ok(());
-            }
-            if let Some(status) = daemon.try_wait()? {
-                bail!("blktided ended: {status}");
-            }
-            pause(Duration::from_millis(20))?;
-        }
-        bail!("blktided does not answer");
-    }
-
-    fn track(&self) -> Result<PathBuf> {
-        File::create_new(self.path("volume"))?.set_len(VOLUME_BYTES)?;
-        let repository = self.path("repository").display().to_string();
-        self.ctl.run(&["repo", "init", "main", &repository])?;
-        self.tell(&format!(
-            "volume: a sparse file of {}; repository: a folder",
-            size(VOLUME_BYTES)
-        ));
-        let volume = self.path("volume").display().to_string();
-        self.ctl.run(&[
-            "volume", "add", "data", "--device", &volume, "--mode", "fuse", "--yes",
-        ])?;
-        let status = self.ctl_status()?;
-        let node = self.path("dev/data");
-        ensure!(
-            text(&status, "state")? == "attached" && node.exists(),
-            "not attached: {status}"
-        );
-        self.tell(&format!(
-            "tracker attached under {}: keeper {}, server {}, blocks of {}",
-            fs::canonicalize(&node)?.display(),
-            number(&status, "keeper_pid")?,
-            number(&status, "pid")?,
-            size(number(&status, "block_size_bytes")?)
-        ));
-        Ok(node)
-    }
-
-    fn ctl_status(&self) -> Result<Value> {
-        // Exit 3 is well here: a volume without an image wants a backup.
-        let json = self.ctl.run_any(&["status", "data"], &[0, 3])?;
-        json.pointer("/volumes/0")
-            .cloned()
-            .context("status shows no volume")
     }
 
     fn mount(&self, node: &Path) -> Result<PathBuf> {
@@ -213,21 +215,24 @@ impl Story {
             mounted.as_os_str(),
         ];
         tool("mount", &words, &[0])?;
-        self.tell("ext4 made on the node, and mounted");
+        self.tell(&match self.mode {
+            Mode::Fuse => "ext4 made on the node, and mounted".to_owned(),
+            Mode::Watch => format!("ext4 made on {}, and mounted", node.display()),
+        });
         Ok(mounted)
     }
 
-    /// The truth kept, then a backup under the writer; `what` is the volume and the kind that it must be.
+    /// The truth kept, then a backup under the writer, which must be of `kind`.
     fn back_up(
         &self,
         recorder: &Recorder,
         mounted: &Path,
         tree: &Tree,
-        what: &[&str; 2],
+        kind: &str,
     ) -> Result<Step> {
-        let [volume, kind] = what;
         sync(mounted)?;
         let mut truth = Truth::keep(
+            self.mode,
             &self.path("volume"),
             &self.path(&format!("truth-{kind}")),
             tree,
@@ -237,18 +242,30 @@ impl Story {
             size(truth.kept_bytes()?)
         ));
         let before = recorder.count();
-        let summary = self.ctl.run(&["backup", volume])?;
+        let summary = self.ctl.run(&["backup", "data"])?;
         let writes = (before, recorder.count());
         truth.look_again()?;
-        ensure!(text(&summary, "kind")? == *kind, "not {kind}: {summary}");
-        let read = number(&summary, "read_bytes")?;
+        ensure!(text(&summary, "kind")? == kind, "not {kind}: {summary}");
+        let step = Step {
+            truth,
+            summary,
+            writes,
+        };
+        self.tell_of(&step)?;
+        Ok(step)
+    }
+
+    fn tell_of(&self, step: &Step) -> Result<()> {
+        let summary = &step.summary;
+        let read = number(summary, "read_bytes")?;
         let tenths = summary
             .get("seconds")
             .and_then(Value::as_f64)
             .unwrap_or(0.0);
         self.tell(&format!(
-            "{}: {kind}{}: read {} of {} ({}), stored {}, {tenths:.1} s; meanwhile {} writes",
-            text(&summary, "image")?,
+            "{}: {}{}: read {} of {} ({}), stored {}, {tenths:.1} s; meanwhile {} writes",
+            text(summary, "image")?,
+            text(summary, "kind")?,
             summary
                 .get("reason")
                 .and_then(Value::as_str)
@@ -256,17 +273,21 @@ impl Story {
             size(read),
             size(VOLUME_BYTES),
             share(read),
-            size(number(&summary, "stored_bytes")?),
-            writes.1 - writes.0
+            size(number(summary, "stored_bytes")?),
+            step.writes.1 - step.writes.0
         ));
-        Ok(Step {
-            truth,
-            summary,
-            writes,
-        })
+        if self.mode == Mode::Watch {
+            let consistency = text(summary, "consistency")?;
+            ensure!(consistency == "frozen", "not frozen: {summary}");
+            self.tell(&format!(
+                "  its instant: the file system was frozen; writers stood still for {} ms at most",
+                decimal(step.stood_still()?)
+            ));
+        }
+        Ok(())
     }
 
-    fn prove(&self, number: u64, step: &Step, record: &super::recorder::Record) -> Result<()> {
+    fn prove(&self, number: u64, step: &Step, record: &Record) -> Result<()> {
         let image = text(&step.summary, "image")?;
         let restored = self.path(&format!("restored-{number}"));
         let watch = SystemClock.now();
@@ -278,7 +299,22 @@ impl Story {
         ));
         let watch = SystemClock.now();
         let proven = step.truth.prove(&restored, &self.path("proof"), record)?;
-        let (from, to) = step.writes;
+        self.tell_proven(image, step.writes, &proven)?;
+        self.tell(&format!(
+            "  e2fsck: clean{}; {} files have the digests they were written with: {}",
+            if self.mode == Mode::Watch {
+                ", with no journal to replay"
+            } else {
+                ""
+            },
+            proven.files,
+            seconds(watch)
+        ));
+        fs::remove_file(restored)?;
+        Ok(())
+    }
+
+    fn tell_proven(&self, image: &str, (from, to): (u64, u64), proven: &Proven) -> Result<()> {
         ensure!(
             (from.saturating_sub(1)..=to).contains(&proven.prefix),
             "{image} is of write {}, the backup ran from {from} to {to}",
@@ -288,14 +324,12 @@ impl Story {
             "  every byte is the truth's; {} blocks are the writer's: the state after its write {}, exactly{}",
             proven.recorded,
             proven.prefix,
-            if proven.own == 0 { String::new() } else { format!(" ({} of the kernel's own)", proven.own) }
+            match (proven.own, proven.frozen) {
+                (0, 0) => String::new(),
+                (own, 0) => format!(" ({own} of the kernel's own)"),
+                (own, _) => format!(" ({own} of the kernel's own, and the superblock: frozen)"),
+            }
         ));
-        self.tell(&format!(
-            "  e2fsck: clean; {} files have the digests they were written with: {}",
-            proven.files,
-            seconds(watch)
-        ));
-        fs::remove_file(restored)?;
         Ok(())
     }
 
@@ -316,13 +350,26 @@ impl Story {
     }
 }
 
-fn writer_ended(step: &Step, longest: Duration) -> String {
-    format!(
-        "the writer ends after {} writes; the longest waited {}.{:03} ms",
-        step.writes.1,
-        longest.as_micros() / 1000,
-        longest.as_micros() % 1000
-    )
+impl Step {
+    /// The longest that the file system was frozen.
+    fn stood_still(&self) -> Result<Duration> {
+        let seconds = self
+            .summary
+            .get("longest_freeze_seconds")
+            .and_then(Value::as_f64);
+        Ok(Duration::try_from_secs_f64(
+            seconds.context("longest_freeze_seconds")?,
+        )?)
+    }
+}
+
+/// The kernel's number of what is mounted there.
+fn mount_number(at: &Path) -> Result<u64> {
+    let all = mounts::all()?;
+    let mount = all.iter().rev().find(|m| m.at == at);
+    mount
+        .map(|m| m.id)
+        .with_context(|| format!("nothing is mounted at {}", at.display()))
 }
 
 fn sync(mounted: &Path) -> Result<()> {

@@ -1,8 +1,11 @@
 //! What there is of a demo in this machine, found by its folder's name, and its undoing.
+//!
+//! **Invariant**: nothing is unmounted before it was thawed: a frozen file system that nobody has mounted stays frozen for ever.
 
 use blktide_sys::event::{Signals, pause};
 use blktide_sys::process::PidFd;
-use blktide_sys::{fuse, mounts};
+use blktide_sys::{blockdev, fuse, mounts};
+use blktide_watch::Pins;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,15 +16,18 @@ const TRIES: u32 = 150;
 
 /// Ends, unmounts, clears and removes all that belongs to `folder`; returns what could not be.
 ///
-/// Order: whoever uses the volume, its file systems, its loop devices, then its own processes (they have to serve what
-/// an unmount writes back), then their mounts, then the files.
+/// Order: whoever uses the volume, its freeze, its file systems, its loop devices, then its own processes (they have to serve
+/// what an unmount writes back), then their mounts, then what the kernel has of it, then the files.
 pub(super) fn undo(folder: &Path) -> Vec<String> {
     end_processes(folder, Part::Users);
+    // Who could freeze it again has ended.
+    thaw(folder);
     unmount(folder, false);
     clear_loops(folder);
     end_processes(folder, Part::All);
     unmount(folder, true);
     clear_loops(folder);
+    again(|| unpin(folder));
     again(|| !folder.exists() || fs::remove_dir_all(folder).is_ok());
     remains(folder)
 }
@@ -42,10 +48,40 @@ fn remains(folder: &Path) -> Vec<String> {
             .iter()
             .map(|pid| format!("running: {pid}")),
     );
+    if let Some(pins) = pins(folder) {
+        found.push(format!("pinned: {}", pins.display()));
+    }
     if folder.exists() {
         found.push(format!("lying about: {}", folder.display()));
     }
     found
+}
+
+/// Ends what freeze there is: a killed copier and its killed guard may have left one, and who waits for it cannot end.
+pub(super) fn thaw(folder: &Path) {
+    for at in mounted_below(folder, false) {
+        if let Ok(opened) = fs::File::open(&at) {
+            // It was not frozen, or it is thawed now.
+            drop(blockdev::thaw(&opened));
+        }
+    }
+}
+
+/// Processes of the demo, but for the one that asks.
+pub(super) fn processes_of(folder: &Path) -> Vec<i32> {
+    processes(folder, Part::All)
+}
+
+/// Where mode watch has its programs and maps, if they are there.
+fn pins(folder: &Path) -> Option<PathBuf> {
+    let pins = Pins::of(&folder.join("run"), "data").ok()?;
+    let instance = pins.folder().parent()?;
+    instance.exists().then(|| instance.to_owned())
+}
+
+/// Whether none of them is left.
+fn unpin(folder: &Path) -> bool {
+    pins(folder).is_none_or(|instance| fs::remove_dir_all(instance).is_ok())
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -64,6 +100,10 @@ fn end_processes(folder: &Path, part: Part) {
                 // It may have ended meanwhile: then there is nothing to kill.
                 drop(process.signal(Signals::Kill));
             }
+        }
+        if !pids.is_empty() {
+            // A writer that waits for a thaw does not end.
+            thaw(folder);
         }
         pids.is_empty()
     });
