@@ -4,6 +4,11 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::process::{Command, ExitCode};
 
+use crate::build;
+
+/// The package whose benches run the programs.
+const END_TO_END: &str = "blktide-tests";
+
 /// Runs all benches, or those whose name contains `name`.
 pub fn run(name: Option<&str>) -> Result<ExitCode> {
     let out = Command::new("cargo")
@@ -20,9 +25,12 @@ pub fn run(name: Option<&str>) -> Result<ExitCode> {
             if is_bench && name.is_none_or(|n| bench.contains(n)) {
                 let package = package["name"].as_str().unwrap_or_default();
                 println!("## {package} {bench}");
-                let status = Command::new("cargo")
-                    .args(["bench", "--quiet", "-p", package, "--bench", bench])
-                    .status()?;
+                let mut cargo = Command::new("cargo");
+                cargo.args(["bench", "--quiet", "-p", package, "--bench", bench]);
+                if package == END_TO_END {
+                    cargo.env("BLKTIDE_BIN_DIR", build::programs()?);
+                }
+                let status = cargo.status()?;
                 ensure!(status.success(), "{package} {bench}: {status}");
                 ran += 1;
             }
