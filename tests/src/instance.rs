@@ -267,6 +267,17 @@ impl Instance {
         self.wait_for_node(name)
     }
 
+    /// Registers a volume in mode watch and attaches it: its device is used as before.
+    pub fn watch_add(&self, name: &str, device: &Path, more: &[&str]) -> Result<()> {
+        let device = device.display().to_string();
+        let mut args = vec![
+            "volume", "add", name, "--device", &device, "--mode", "watch", "--yes",
+        ];
+        args.extend_from_slice(more);
+        self.ctl_ok(&args)?;
+        Ok(())
+    }
+
     /// Attaches a volume; waits for its node.
     pub fn attach(&self, name: &str) -> Result<PathBuf> {
         self.ctl_ok(&["attach", name])?;
