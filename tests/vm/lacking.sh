@@ -48,7 +48,7 @@ lacks BTF env
 umount /sys/kernel/btf
 
 umount /sys/fs/bpf
-lacks bpffs setpriv --bounding-set -sys_admin
+lacks "BPF file system" setpriv --bounding-set -sys_admin
 lacks CAP_BPF setpriv --bounding-set -sys_admin,-bpf,-perfmon
 
 # With nothing taken away it works, locked down as it is; what was not mounted gets mounted.
