@@ -118,7 +118,7 @@ chain() {
     mkdir -p "/srv/$1"
     add_volume "$1" "$2" "/srv/$1"
     fio --name="$1" --filename="/srv/$1/file" --size=8M --rw=randwrite --bs=4k --iodepth=16 --rate_iops=100 --ioengine=libaio --direct=1 \
-        --time_based --runtime=3600 --output="/run/$1.fio" &
+        --time_based --runtime=3600 --output="/run/$1.fio" >/dev/null 2>&1 &
     writing=$!
     until_ok 120 test -s "/srv/$1/file"
     backup "$1" full
