@@ -12,18 +12,19 @@ if [ -z "${VMRUN:-}" ]; then
     exit
 fi
 
-# A daemon with less: $1 names what is gone in the words to come, the rest is the command that takes it away.
+# A daemon with less: $1 is what is gone, $2 a pattern for the words to come, the rest the command that takes it away.
 told=""
 lacks() {
-    word=$1
-    shift
-    say "without $word"
+    what=$1
+    word=$2
+    shift 2
+    say "without $what"
     "$@" blktidectl doctor >/run/said 2>&1 || true
-    grep -qi -- "$word" /run/said || fail "doctor does not name $word: $(cat /run/said)"
+    grep -qi -- "$word" /run/said || fail "doctor does not name $what: $(cat /run/said)"
     daemon_under "$@"
-    if blktidectl volume add data --device /srv --mode watch --yes >/run/said 2>&1; then fail "attached without $word"; fi
-    grep -qi -- "$word" /run/said || fail "volume add does not name $word: $(cat /run/said)"
-    told="$told, $word"
+    if blktidectl volume add data --device /srv --mode watch --yes >/run/said 2>&1; then fail "attached without $what"; fi
+    grep -qi -- "$word" /run/said || fail "volume add does not name $what: $(cat /run/said)"
+    told="$told, $what"
 }
 
 daemon_under() {
@@ -44,12 +45,12 @@ instance /mnt
 # The loader reads the kernel's types there.
 mkdir /run/empty
 mount --bind /run/empty /sys/kernel/btf
-lacks BTF env
+lacks BTF BTF env
 umount /sys/kernel/btf
 
 umount /sys/fs/bpf
-lacks "BPF file system\|/sys/fs/bpf" setpriv --bounding-set -sys_admin
-lacks "CAP_BPF\|not load programs" setpriv --bounding-set -sys_admin,-bpf,-perfmon
+lacks "bpffs" "BPF file system\|/sys/fs/bpf" setpriv --bounding-set -sys_admin
+lacks "rights" "CAP_BPF\|not load programs" setpriv --bounding-set -sys_admin,-bpf,-perfmon
 
 # With nothing taken away it works, locked down as it is; what was not mounted gets mounted.
 daemon_under env
