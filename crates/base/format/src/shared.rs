@@ -342,7 +342,7 @@ words! {
         5 => LINKS_01,
         /// The third link's, and << 32: 1 if the disk keeps its statistics.
         6 => LINK_2,
-        /// Runs of the programs that the kernel skipped, all together.
+        /// Runs of the programs that the kernel skipped and that no count would show.
         7 => MISSES,
         /// Marks given up after too many turns.
         8 => LOST,
@@ -352,9 +352,9 @@ words! {
         10 => EVENTS,
         /// Number of the newest swap.
         11 => GENERATION,
-        /// Sectors written that we counted.
+        /// Sectors written that we saw complete.
         12 => OWN_WRITTEN,
-        /// Sectors discarded that we counted.
+        /// Sectors discarded that we saw complete.
         13 => OWN_DISCARDED,
         /// Sectors written that the kernel counted.
         14 => KERNEL_WRITTEN,
@@ -370,10 +370,18 @@ words! {
         19 => START_SECTOR,
         /// The whole disk: major << 32 | minor.
         20 => DEVICE,
+        /// Sectors written that we saw queued.
+        21 => QUEUED_WRITTEN,
+        /// Sectors discarded that we saw queued.
+        22 => QUEUED_DISCARDED,
         /// 1: a generation was closed since all writes were last known to be counted.
         24 => OPEN_QUESTION,
         /// Number of the check that failed; 0: none did.
         25 => DOUBT,
+        /// What the kernel had counted more than we saw queued when we began: sectors written.
+        26 => QUEUED_BASE_WRITTEN,
+        /// The same: sectors discarded.
+        27 => QUEUED_BASE_DISCARDED,
         /// Sum over all words before it, see `table_sum`.
         31 => SUM,
     }

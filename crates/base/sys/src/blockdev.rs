@@ -199,6 +199,13 @@ impl BlockDevice {
         !self.disk_folder().join("mq").exists()
     }
 
+    /// Whether commands of its driver's own that ask it for data (`REQ_OP_DRV_IN`) write nothing, and nobody else can send it any:
+    /// virtio disks, asked for their serial number whenever somebody reads it in sysfs. (SCSI disks take any command so.)
+    pub fn tells_only_of_itself(&self) -> bool {
+        let driver = std::fs::read_link(self.disk_folder().join("device/driver"));
+        driver.is_ok_and(|path| path.ends_with("virtio_blk"))
+    }
+
     /// Whether its memory can be mapped by file systems past the block layer: such writes are seen by nobody.
     pub fn is_dax(&self) -> bool {
         self.queue_u32("dax").is_ok_and(|v| v != 0)

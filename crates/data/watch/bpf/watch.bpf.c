@@ -2,7 +2,7 @@
 // The marker of mode `watch`: sets a bit for each grain that a write touches, beside the way of the write.
 //
 //   submit_bio ──▶ block_bio_queue ──▶ block_rq_issue ──▶ driver ──▶ block_rq_complete ──▶ the submitter is told
-//                        └── mark ──────────┴── mark ─────────────────────┴── mark, count
+//                        └── mark, count ───┴── mark ─────────────────────┴── mark, count
 //
 // Invariant: when the submitter of a write is told that it is done, its grains are marked in the bitmap that was live at a
 // moment of its flight after which no generation has begun unseen; see `mark`. Nothing here can delay, fail or change a write.
@@ -45,7 +45,7 @@ struct {
 enum { GENERATION = 0, LOST = 1, HEAD_WORDS = 512 };
 
 // Counters, a value a CPU.
-enum { EVENTS, AGAIN, WRITTEN, DISCARDED, PASSED_IN, PASSED_OUT, FOREIGN_PATH };
+enum { EVENTS, AGAIN, WRITTEN, DISCARDED, PASSED_IN, PASSED_OUT, FOREIGN_PATH, QUEUED_WRITTEN, QUEUED_DISCARDED };
 
 // What is watched. Sectors are those of the whole disk, as the events have them.
 const volatile u32 disk_major = 0, disk_minor = 0;
@@ -55,7 +55,7 @@ const volatile u64 start_sector = 0, sectors = 0;
 // Words of a bitmap, and sectors of a grain as a logarithm.
 const volatile u64 bitmap_words = 0;
 const volatile u32 grain_shift = 0;
-// 1: the device has no requests; bios are counted instead.
+// 1: the device has no requests: nothing is seen to complete.
 const volatile u32 bio_based = 0;
 
 struct gendisk {
@@ -203,14 +203,6 @@ INLINE int is_counted(struct block_device *device)
 	return !partition || (device && device->bd_dev == partition);
 }
 
-INLINE void tally(struct block_device *device, u32 op, u64 sectors_done)
-{
-	if (is_counted(device))
-		count(op == OP_DISCARD ? DISCARDED : WRITTEN, sectors_done);
-	else
-		count(FOREIGN_PATH, sectors_done);
-}
-
 SEC("tp_btf/block_bio_queue")
 int bio_queue(u64 *context)
 {
@@ -221,8 +213,10 @@ int bio_queue(u64 *context)
 		return 0;
 	u64 bytes = bio->bi_iter.bi_size;
 	mark(bio->bi_iter.bi_sector, bytes);
-	if (bio_based)
-		tally(device, op, bytes >> 9);
+	if (is_counted(device))
+		count(op == OP_DISCARD ? QUEUED_DISCARDED : QUEUED_WRITTEN, bytes >> 9);
+	else if (bio_based)
+		count(FOREIGN_PATH, bytes >> 9);
 	return 0;
 }
 
@@ -268,8 +262,11 @@ int rq_done(u64 *context)
 		return 0;
 	// It may have been under way when a generation began: marked in the one before, on the device in this one.
 	mark_request(request, op);
-	if (!bio_based)
-		tally(request->part, op, (u32)context[2] >> 9);
+	u64 done = (u32)context[2] >> 9;
+	if (!is_counted(request->part))
+		count(FOREIGN_PATH, done);
+	else
+		count(op == OP_DISCARD ? DISCARDED : WRITTEN, done);
 	return 0;
 }
 

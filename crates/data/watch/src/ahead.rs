@@ -4,17 +4,19 @@
 //! begin ─▶ swap, drain ─▶ [copy ─▶ swap, drain] … ─▶ sync, swap, drain ─▶ copy
 //!                              └ until what is left fits the budget          │
 //!   freeze ─▶ swap, drain ─▶ evidence ─▶ last blocks into memory ─▶ next generation opens ─▶ thaw ─▶ stored
-//!      └ too much is left: thaw, and copy once more
+//!      ├ too much is left: thaw, and copy once more
+//!      └ completions went unseen: thaw, copy once more all that was drained, and swap in freezes only from here on
 //! ```
 //! **Invariant** (P14): the generation that opens inside the freeze is the image's. An early copy of a block counts only if the
 //! block was marked in no kernel generation opened since that copy began: a block that is drained is copied again, and one
-//! that is drained in the freeze is copied in it.
+//! that is drained in the freeze is copied in it. A write that was under way at a swap is marked once more when it completes; were
+//! all completions since the begin seen? Only then the early copies count; else those of all that was drained are void, and the
+//! swaps from then on are in freezes, when nothing is under way.
 //!
 //! Everything that was drained is in the tracker's open generation, whether an image comes of it or not: who dies here, or gives
 //! up, has lost nothing.
 
 use blktide_engine::PreparedGeneration;
-use blktide_engine::evidence::Occasion;
 use blktide_format::manifest::Consistency;
 use blktide_sys::clock::SystemClock;
 use blktide_sys::fs;
@@ -34,6 +36,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::copy::{Last, Reader};
+use crate::evidence::Completions;
 use crate::quiet::{Quiet, Standing};
 use crate::target::Target;
 use crate::tracker::{Watched, engine_error, io_at, refused};
@@ -125,6 +128,12 @@ struct State {
     target: Target,
     wanted: BlockSet,
     changed: Option<BlockSet>,
+    /// All that was drained since the begin: what early copies may be stale of.
+    drained: BlockSet,
+    /// At the begin; `None`: they need not be asked, because all swaps are in freezes.
+    completions: Option<Completions>,
+    /// Swaps are in freezes.
+    still: bool,
     round: u32,
     /// How it will be made to stand still, once the next round is to be the last: guards keep a file system from being unmounted,
     /// and must not do so for the hours of a first copy.
@@ -149,14 +158,31 @@ impl Ahead {
             fs::open_direct_read(&options.device).map_err(io_at("open", &options.device))?;
         let geometry = watched.geometry();
         let mut longest = Duration::ZERO;
+        let still = target.bio_based;
         let how = Still {
             guard: &request.guard,
             limit: request.limits.limit,
-            bio_based: target.bio_based,
         };
-        swap(&mut watched, &how, &mut longest)?;
+        let mut completions = watched.completions(&target);
+        let mut drained = if still {
+            how.swap(&mut watched, &mut longest, &mut |_| {})?
+        } else {
+            watched.drain()
+        };
         watched.look_at_evidence(&target);
         let distrust = watched.distrusted();
+        if distrust.is_some() {
+            // What was written before is in every block's copy. What is under way is not, and there is nothing yet to check it by.
+            let begun = how.swap(&mut watched, &mut longest, &mut |watched| {
+                watched.begin_anew(&target, true);
+                completions = watched.completions(&target);
+            });
+            match begun {
+                Ok(more) => drained.union_with(&more),
+                Err(VolumeError::Refused { .. }) => watched.begin_anew(&target, false),
+                Err(error) => return Err(error),
+            }
+        }
         let resolved =
             distrust.is_none() && request.base.is_some_and(|b| watched.control.resolves(b));
         let changed = match request.base {
@@ -185,6 +211,9 @@ impl Ahead {
                 target,
                 wanted: first.clone(),
                 changed,
+                drained,
+                completions,
+                still,
                 round: 0,
                 quiet: None,
                 speed: None,
@@ -280,9 +309,13 @@ impl Ahead {
         let how = Still {
             guard: &self.guard,
             limit: self.limits.limit,
-            bio_based: state.target.bio_based,
         };
-        let dirty = swap(&mut state.watched, &how, &mut state.longest).map_err(source)?;
+        let dirty = if state.still {
+            let swapped = how.swap(&mut state.watched, &mut state.longest, &mut |_| {});
+            swapped.map_err(source)?
+        } else {
+            state.watched.drain()
+        };
         state.add(&dirty);
         Ok(dirty)
     }
@@ -340,17 +373,18 @@ impl Ahead {
         }
         let (longest, whole) = standing.end(&state.watched);
         state.longest = state.longest.max(longest);
-        let taken = frozen?;
-        let Taken::All(last, set) = taken else {
-            let Taken::TooMuch(dirty) = taken else {
-                return Err(SourceError::Revoked(RevokeCause::Distrusted));
-            };
-            let gives_up = state.round >= self.limits.rounds;
-            return if gives_up {
-                Err(SourceError::Io(self.too_much(&dirty)))
-            } else {
-                Ok(Next::Copy(dirty))
-            };
+        let (last, set) = match frozen? {
+            Taken::All(last, set) => (last, set),
+            Taken::Doubtful => return Err(SourceError::Revoked(RevokeCause::Distrusted)),
+            Taken::Unseen => {
+                state.still = true;
+                state.round = 0;
+                return Ok(Next::Copy(state.drained.clone()));
+            }
+            Taken::TooMuch(dirty) if state.round >= self.limits.rounds => {
+                return Err(SourceError::Io(self.too_much(&dirty)));
+            }
+            Taken::TooMuch(dirty) => return Ok(Next::Copy(dirty)),
         };
         if !whole {
             // Thawed by the guard's limit, or by somebody else: the last blocks are of no one moment.
@@ -397,9 +431,13 @@ impl Ahead {
     ) -> Result<Taken, SourceError> {
         let dirty = state.watched.drain();
         state.add(&dirty);
-        let occasion = (standing.is_quiet(), Occasion::Closing);
-        if !state.watched.check(&state.target, occasion) {
+        if !state.watched.check(&state.target, standing.occasion()) {
             return Ok(Taken::Doubtful);
+        }
+        // Where writers go on, only the next sample that is quiet by chance can tell: see `Belief::open_question`.
+        let tells = standing.is_quiet() && !state.still;
+        if tells && state.completions != state.watched.completions(&state.target) {
+            return Ok(Taken::Unseen);
         }
         if dirty.count().0 > room {
             return Ok(Taken::TooMuch(dirty));
@@ -434,8 +472,7 @@ impl Ahead {
             .map_err(source)?;
         let dirty = state.watched.drain();
         state.add(&dirty);
-        let occasion = (standing.is_quiet(), Occasion::Closing);
-        let believed = state.watched.check(&state.target, occasion);
+        let believed = state.watched.check(&state.target, standing.occasion());
         let opened = believed.then(|| state.watched.control.open_prepared(&prepared));
         let (longest, whole) = standing.end(&state.watched);
         state.longest = state.longest.max(longest);
@@ -474,53 +511,58 @@ enum Taken {
     TooMuch(BlockSet),
     /// The evidence says that something was written unseen.
     Doubtful,
+    /// Everything is marked, but completions went unseen: copies may be older than their blocks' marks.
+    Unseen,
 }
 
 impl State {
     /// What was drained is wanted, and has changed.
     fn add(&mut self, dirty: &BlockSet) {
         self.wanted.union_with(dirty);
+        self.drained.union_with(dirty);
         if let Some(changed) = &mut self.changed {
             changed.union_with(dirty);
         }
     }
 }
 
-/// How a volume stands still for a swap.
+/// How a volume stands still for a swap that no write may straddle.
 struct Still<'a> {
     guard: &'a Program,
     limit: Duration,
-    bio_based: bool,
 }
 
-/// Swaps and drains; inside a freeze if the device tells nobody when a write is done.
-fn swap(
-    watched: &mut Watched,
-    how: &Still<'_>,
-    longest: &mut Duration,
-) -> Result<BlockSet, VolumeError> {
-    if !how.bio_based {
-        return Ok(watched.drain());
+impl Still<'_> {
+    /// Swaps and drains inside a freeze, in which `inside` is called.
+    ///
+    /// Errors: `Refused`: it cannot be made to stand still, or did not until the end.
+    fn swap(
+        &self,
+        watched: &mut Watched,
+        longest: &mut Duration,
+        inside: &mut dyn FnMut(&mut Watched),
+    ) -> Result<BlockSet, VolumeError> {
+        let options = watched.options.clone();
+        let mut quiet = Quiet::of(&options, self.guard)?;
+        if matches!(quiet, Quiet::Impossible) {
+            let message = format!(
+                "{} is in use without a file system that could be frozen, and a moment is needed at which no write is under way",
+                options.device.display()
+            );
+            return Err(refused(Refusal::Unwatchable, message));
+        }
+        quiet.sync();
+        let standing = quiet.begin(watched, self.limit)?;
+        let dirty = watched.drain();
+        inside(watched);
+        let (time, whole) = standing.end(watched);
+        *longest = (*longest).max(time);
+        if whole {
+            return Ok(dirty);
+        }
+        let message = format!("{} was thawed by somebody else", options.device.display());
+        Err(refused(Refusal::Busy, message))
     }
-    let options = watched.options.clone();
-    let mut quiet = Quiet::of(&options, how.guard)?;
-    if matches!(quiet, Quiet::Impossible) {
-        let message = format!(
-            "{} is in use without a file system that could be frozen, and its driver tells nobody when a write is done: no moment of it can be had",
-            options.device.display()
-        );
-        return Err(refused(Refusal::Unwatchable, message));
-    }
-    quiet.sync();
-    let standing = quiet.begin(watched, how.limit)?;
-    let dirty = watched.drain();
-    let (time, whole) = standing.end(watched);
-    *longest = (*longest).max(time);
-    if whole {
-        return Ok(dirty);
-    }
-    let message = format!("{} was thawed by somebody else", options.device.display());
-    Err(refused(Refusal::Busy, message))
 }
 
 fn per_second(bytes: u64, time: Duration) -> u64 {

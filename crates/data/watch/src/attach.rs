@@ -298,7 +298,7 @@ impl Watched {
         // What is in the page cache of the device's node is written, and marked, now.
         drop(fs::sync_data(&**fence.file()));
         self.drain();
-        self.check(target, (true, Occasion::Closing));
+        self.check(target, Occasion::Still);
         let device = handover_device(&options, target, Some(fence))?;
         // From here on nobody goes on with what is in the kernel: a bitmap that was stored might be believed.
         self.engine.set_word(control::STATE, DETACHING);

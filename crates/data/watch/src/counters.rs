@@ -1,6 +1,7 @@
 //! What the kernel's side has counted, and what the kernel says of its programs and links.
 
 use aya::maps::{Map, MapData, PerCpuArray};
+use blktide_engine::evidence::Sectors;
 use blktide_sys::bpf;
 use blktide_volume::VolumeError;
 use std::io;
@@ -24,12 +25,14 @@ pub(crate) struct Counted {
     pub(crate) events: u64,
     /// Marks done again because a generation had begun.
     pub(crate) again: u64,
-    /// Sectors written, as the kernel counts them for this device.
-    pub(crate) written: u64,
-    /// Sectors discarded.
-    pub(crate) discarded: u64,
-    /// Commands of somebody's own (`SG_IO` …) that ask the device for data, and those that give it some.
-    pub(crate) passed: u64,
+    /// Sectors of requests that completed, as the kernel counts them for this device. None of a device without requests.
+    pub(crate) done: Sectors,
+    /// Sectors of bios that were queued.
+    pub(crate) queued: Sectors,
+    /// Commands of somebody's own (`SG_IO` …) that ask the device for data, or move none.
+    pub(crate) passed_in: u64,
+    /// Those that give it some.
+    pub(crate) passed_out: u64,
     /// Sectors that came by another name of the device (its disk): marked, and not in the kernel's count of a partition.
     pub(crate) by_another_way: u64,
 }
@@ -50,12 +53,19 @@ impl Counters {
             let values = self.0.get(&index, 0).map_err(io::Error::other)?;
             Ok(values.iter().fold(0, |sum: u64, n| sum.wrapping_add(*n)))
         };
+        let sectors = |index: u32| -> io::Result<Sectors> {
+            Ok(Sectors {
+                written: sum(index)?,
+                discarded: sum(index.saturating_add(1))?,
+            })
+        };
         Ok(Counted {
             events: sum(0)?,
             again: sum(1)?,
-            written: sum(2)?,
-            discarded: sum(3)?,
-            passed: sum(4)?.wrapping_add(sum(5)?),
+            done: sectors(2)?,
+            queued: sectors(7)?,
+            passed_in: sum(4)?,
+            passed_out: sum(5)?,
             by_another_way: sum(6)?,
         })
     }
@@ -68,23 +78,21 @@ pub(crate) struct Running {
     pub(crate) programs: [u32; 3],
     /// Ids of the links; 0: its pin is gone.
     pub(crate) links: [u32; 3],
-    /// Times that a program was not run because its processor was in it already; `None`: the kernel does not say.
-    pub(crate) skipped: Option<u64>,
+    /// Times that each was not run because its processor was in it already; `None`: the kernel does not say.
+    pub(crate) skipped: [Option<u64>; 3],
 }
 
 impl Running {
     pub(crate) fn of(pins: &Pins) -> Self {
-        let mut running = Self {
-            skipped: Some(0),
-            ..Self::default()
-        };
+        let mut running = Self::default();
         let of = |what: &str, name: &str| -> Option<u64> {
             let opened = pins.open(what).ok()?;
             bpf::facts_of(opened.as_fd()).ok()?.number(name)
         };
         let id = |number: Option<u64>| number.and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
-        let places = running.programs.iter_mut().zip(running.links.iter_mut());
-        for ((program, link), (name, _)) in places.zip(PROGRAMS) {
+        let ids = running.programs.iter_mut().zip(running.links.iter_mut());
+        let places = ids.zip(running.skipped.iter_mut());
+        for (((program, link), skipped), (name, _)) in places.zip(PROGRAMS) {
             *program = id(of(name, "prog_id"));
             let bound = format!("link_{name}");
             *link = id(of(&bound, "link_id"));
@@ -92,10 +100,7 @@ impl Running {
             if id(of(&bound, "prog_id")) != *program {
                 *link = 0;
             }
-            running.skipped = running
-                .skipped
-                .zip(of(name, "recursion_misses"))
-                .map(|(sum, n)| sum.saturating_add(n));
+            *skipped = of(name, "recursion_misses");
         }
         running
     }

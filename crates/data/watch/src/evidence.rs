@@ -3,11 +3,17 @@
 //! ```text
 //! attach:            base ─▶ belief begins                (fenced: exact; in use: too large rather than too small)
 //! begin of a backup: sample, and again until it is quiet, for a while
-//! its instant:       sample in the freeze ─▶ nothing was believed before: belief begins anew, exact from here on
+//!                    nothing is believed: belief begins anew in a freeze, exact from here on
+//! its instant:       sample in the freeze; were all completions seen since the begin?
 //! ```
 //! The kernel's count and ours are sums; where ours began in the midst of writes, what the kernel had counted before (the
-//! *base*) is only known to a few sectors. Too large a base hides nothing for long: it is made exact at the first instant at
-//! which nobody writes, and no generation before that instant is believed anyhow.
+//! *base*) is only known to a few sectors. Too large a base hides nothing for long: it is made exact in the first freeze, and no
+//! generation before that is believed anyhow.
+//!
+//! **Completions** may go unseen where writes do not: a kernel that is running a program on a processor does not run it again
+//! when an interrupt completes a request there; and some (seen on microVMs' kernels) run none in the context of process 1. The
+//! marks are whole then, set when the write was queued. But a write that was under way at a swap without a freeze is marked
+//! before it is on the device and not after: a copy made in between may be stale. [`Completions`] finds that out.
 //!
 //! **Invariant**: a check that failed has distrusted the tracker before anything else is done.
 
@@ -20,7 +26,7 @@ use blktide_volume::VolumeError;
 use std::time::Duration;
 
 use crate::attach::packed;
-use crate::counters::Running;
+use crate::counters::{Counted, Running};
 use crate::target::{Target, writer_of_the_file};
 use crate::tracker::Watched;
 
@@ -50,8 +56,10 @@ impl Watched {
 
     fn begin(&self, target: &Target, quiet: bool) -> Result<Belief, Check> {
         let first = if quiet {
-            let mut first = self.quiet_sample(target).ok_or(Check::SampleMissing)?;
+            let sampled = self.sample_until_still(target, QUIET_TRIES);
+            let (mut first, _) = sampled.ok_or(Check::SampleMissing)?;
             first.base = Sectors::default();
+            first.queued_base = Sectors::default();
             let exact = first;
             first.calibrate(&exact);
             first
@@ -68,10 +76,10 @@ impl Watched {
             self.distrust(Reason::ForeignWrite, &obstacle.to_string());
         }
         if self.control.trusted().reason.is_some() {
-            return self.begin_anew(target, false);
+            return;
         }
         for _ in 0..HOPE_TRIES {
-            if !self.check(target, (false, Occasion::Between)) {
+            if !self.check(target, Occasion::Between) {
                 return;
             }
             let open = Belief::load(self.marks.memory()).is_ok_and(|belief| belief.open_question());
@@ -83,16 +91,17 @@ impl Watched {
         }
         let detail = "that every write of the last generation was marked could not be proven: its device was never quiet";
         self.distrust(Reason::TrackingInterrupted, detail);
-        self.begin_anew(target, false);
     }
 
     /// Takes a sample; false: a check failed, the tracker is distrusted, and copies that were made are doubtful.
-    pub(crate) fn check(&mut self, target: &Target, (quiet, occasion): (bool, Occasion)) -> bool {
-        let now = if quiet {
-            self.quiet_sample(target)
-        } else {
-            self.sample(target)
-        };
+    pub(crate) fn check(&mut self, target: &Target, mut occasion: Occasion) -> bool {
+        let quiet = occasion == Occasion::Still;
+        let tries = if quiet { QUIET_TRIES } else { 1 };
+        let sampled = self.sample_until_still(target, tries);
+        let now = sampled.map(|(now, _)| now);
+        if occasion == Occasion::Between && sampled.is_some_and(|(_, still)| still) {
+            occasion = Occasion::Pause;
+        }
         let loaded = Belief::load(self.marks.memory());
         let mut verdict = Err(Check::SampleMissing);
         if let Ok(mut belief) = loaded {
@@ -108,8 +117,7 @@ impl Watched {
                 false
             }
             Ok(verdict) => {
-                let closing = occasion == Occasion::Closing;
-                if closing && quiet && !trusted && verdict.proof != Proof::Proven {
+                if quiet && !trusted && verdict.proof != Proof::Proven {
                     self.begin_anew(target, true);
                 }
                 true
@@ -123,8 +131,8 @@ impl Watched {
         }
     }
 
-    /// From here on it is believed again, as far as it can be: nothing that went before is.
-    fn begin_anew(&mut self, target: &Target, quiet: bool) {
+    /// From here on it is believed again, as far as it can be: nothing that went before is. `quiet`: nobody can be writing.
+    pub(crate) fn begin_anew(&mut self, target: &Target, quiet: bool) {
         if let Ok(mut belief) = self.begin(target, quiet) {
             if let Ok(before) = Belief::load(self.marks.memory()) {
                 belief.replace(&before);
@@ -140,25 +148,31 @@ impl Watched {
         let counted = self.counters.read().ok()?;
         let running = Running::of(&self.pins);
         let disk = device.whole_disk().ok()?.number();
-        let base = Belief::load(self.marks.memory()).map_or(Sectors::default(), |b| b.last().base);
+        let (base, queued_base) = Belief::load(self.marks.memory())
+            .map(|b| (b.last().base, b.last().queued_base))
+            .unwrap_or_default();
+        let passed_in = if device.tells_only_of_itself() {
+            0
+        } else {
+            counted.passed_in
+        };
         Some(Vector {
             boot: host::boot_id().ok()?,
             programs: running.programs,
             links: running.links,
-            misses: running.skipped?,
+            misses: uncounted_misses(&running, &counted)?,
             lost: self.marks.lost(),
-            passthrough: counted.passed,
+            passthrough: passed_in.wrapping_add(counted.passed_out),
             events: counted.events,
             generation: self.marks.generation(),
-            own: Sectors {
-                written: counted.written,
-                discarded: counted.discarded,
-            },
+            own: done(target, &counted),
+            queued: counted.queued,
             kernel: Sectors {
                 written: kernel.sectors_written,
                 discarded: kernel.sectors_discarded,
             },
             base,
+            queued_base,
             sectors: device.bytes().ok()? / 512,
             start_sector: device.start_sector().ok()?,
             device: packed(disk.major, disk.minor),
@@ -167,49 +181,111 @@ impl Watched {
         })
     }
 
-    /// A sample of a moment at which nobody writes: two in a row are the same.
-    fn quiet_sample(&self, target: &Target) -> Option<Vector> {
+    /// A sample, and whether no count had moved since the one before it: until that is so, for a few times.
+    fn sample_until_still(&self, target: &Target, tries: u32) -> Option<(Vector, bool)> {
+        let counts = |sample: &Vector| (sample.own, sample.queued, sample.kernel);
         let mut before = self.sample(target)?;
-        for _ in 0..QUIET_TRIES {
+        for last in (0..tries).rev() {
             let now = self.sample(target)?;
-            if (now.own, now.kernel) == (before.own, before.kernel) {
-                return Some(now);
+            let still = counts(&now) == counts(&before);
+            if still || last == 0 {
+                return Some((now, still));
             }
             before = now;
             drop(pause(QUIET_PAUSE));
         }
-        Some(before)
+        Some((before, false))
     }
 
     /// A first sample whose base is at least what the kernel had counted before us: ours is read first, the kernel's after.
     fn with_large_base(&self, target: &Target) -> Option<Vector> {
-        let mut base: Option<Sectors> = None;
+        let mut bases: Option<(Sectors, Sectors)> = None;
         for _ in 0..BASE_TRIES {
             let counted = self.counters.read().ok()?;
-            let kernel = BlockDevice::at(&target.path).ok()?.counters().ok()?;
-            let written = kernel.sectors_written.saturating_sub(counted.written);
-            let discarded = kernel.sectors_discarded.saturating_sub(counted.discarded);
-            let most = base.get_or_insert(Sectors { written, discarded });
-            most.written = most.written.max(written);
-            most.discarded = most.discarded.max(discarded);
+            let kernel = kernel_count(target)?;
+            let done = kernel.beyond(done(target, &counted));
+            let queued = kernel.beyond(counted.queued);
+            let (base, queued_base) = bases.get_or_insert((done, queued));
+            *base = base.most(done);
+            *queued_base = queued_base.most(queued);
         }
+        let (base, queued_base) = bases?;
         let mut first = self.sample(target)?;
-        first.base = base?;
         // What was counted between is ours and not yet the kernel's.
-        first.base.written = first.base.written.min(first.kernel.written);
-        first.base.discarded = first.base.discarded.min(first.kernel.discarded);
+        first.base = base.least(first.kernel);
+        first.queued_base = queued_base.least(first.kernel);
         Some(first)
     }
+
+    /// How far we are ahead of the kernel in counting completions, as far as it can be seen while requests are under way; `None`:
+    /// something could not be read.
+    pub(crate) fn completions(&self, target: &Target) -> Option<Completions> {
+        let [_, _, skipped] = Running::of(&self.pins).skipped;
+        let mut found = Completions {
+            skipped,
+            ahead: [i128::MAX; 2],
+        };
+        for _ in 0..BASE_TRIES {
+            let kernel = kernel_count(target)?;
+            let done = done(target, &self.counters.read().ok()?);
+            let [written, discarded] = &mut found.ahead;
+            *written = (*written).min(i128::from(done.written) - i128::from(kernel.written));
+            *discarded =
+                (*discarded).min(i128::from(done.discarded) - i128::from(kernel.discarded));
+        }
+        Some(found)
+    }
+}
+
+/// How many sectors more we have seen complete than the kernel has counted, and the runs that it skipped at completions.
+///
+/// **Invariant**: taken while requests are under way `ahead` is too large rather than too small (the kernel's count is read
+/// first), and taken while nothing is it is exact. A completion that is not seen makes it smaller for ever. So two that are equal,
+/// the later one of a quiet moment, say that every completion between them was seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Completions {
+    skipped: Option<u64>,
+    /// Written, discarded.
+    ahead: [i128; 2],
+}
+
+/// What we saw complete; of a device that tells nobody when that is: what was queued.
+const fn done(target: &Target, counted: &Counted) -> Sectors {
+    if target.bio_based {
+        counted.queued
+    } else {
+        counted.done
+    }
+}
+
+fn kernel_count(target: &Target) -> Option<Sectors> {
+    let kernel = BlockDevice::at(&target.path).ok()?.counters().ok()?;
+    Some(Sectors {
+        written: kernel.sectors_written,
+        discarded: kernel.sectors_discarded,
+    })
+}
+
+/// Runs that were skipped and that no count would show: of what is queued; and, once somebody has written by way of the whole
+/// disk, which is in no count of a partition, of completions. `None`: the kernel does not say.
+fn uncounted_misses(running: &Running, counted: &Counted) -> Option<u64> {
+    let [queue, _, done] = running.skipped;
+    let by_another_way = if counted.by_another_way > 0 { done? } else { 0 };
+    Some(queue?.saturating_add(by_another_way))
 }
 
 /// The counts of a sample, for people: what the kernel counted since the attach, and what we did.
 fn figures(sample: &Vector) -> String {
     let since = |kernel: u64, base: u64| i128::from(kernel) - i128::from(base);
     format!(
-        ": kernel {}+{}, ours {}+{} sectors",
+        ": kernel {}+{}, ours {}+{} sectors; kernel {}+{}, queued {}+{}",
         since(sample.kernel.written, sample.base.written),
         since(sample.kernel.discarded, sample.base.discarded),
         sample.own.written,
-        sample.own.discarded
+        sample.own.discarded,
+        since(sample.kernel.written, sample.queued_base.written),
+        since(sample.kernel.discarded, sample.queued_base.discarded),
+        sample.queued.written,
+        sample.queued.discarded
     )
 }

@@ -8,6 +8,7 @@
 //!
 //! **Invariant**: while it stands still nothing of ours writes to a file system, logs, or opens a file.
 
+use blktide_engine::evidence::Occasion;
 use blktide_format::manifest::Consistency;
 use blktide_sys::blockdev::{BlockDevice, thaw};
 use blktide_sys::clock::SystemClock;
@@ -201,6 +202,15 @@ impl Standing<'_> {
                 (longest, whole)
             }
             Self::Fenced(_) | Self::Moving => (Duration::ZERO, true),
+        }
+    }
+
+    /// What a sample of this moment is.
+    pub(crate) const fn occasion(&self) -> Occasion {
+        if self.is_quiet() {
+            Occasion::Still
+        } else {
+            Occasion::Closing
         }
     }
 

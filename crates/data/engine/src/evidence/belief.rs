@@ -1,14 +1,16 @@
 //! What is believed of the marks, from sample to sample (P14), and where it survives the process: in the mapped head.
 //!
 //! ```text
-//!              sample, both counts equal                       closing sample, counts not equal
-//! settled ◀───────────────────────────────── open question ◀──────────────────────────────────── settled
-//!                                              │ the next closing sample, still not equal: its image compares digests
+//!              quiet sample, all completions seen              closing sample while writers go on
+//! settled ◀───────────────────────────────────── open question ◀──────────────────────────────────── settled
+//!                                                  │ the next closing sample: its image compares digests
 //! any ──a check fails──▶ in doubt, until a belief is begun anew
 //! ```
-//! Counts are sums since the attach: once they are equal, all that went before is proven, whenever it was. So a generation that was
-//! closed with requests under way (no freeze, or writers past the file system) is proven by any later sample, a quiet one or
-//! that of the next swap, its own included. If there was none the next image cannot lean on the marks alone.
+//! A write that was under way at a swap is marked in the generation that began there when it completes, and was queued long before:
+//! whether that mark is there only the count of completions can tell, and only at a moment at which it does not move (what falls
+//! between the reading of the two counts would make up for what is missing). So a generation that was closed while writers went
+//! on (no freeze, or writers past the file system) is proven by any later quiet sample, and if there was none the next image
+//! cannot lean on the marks alone. Where nothing was under way at the swap, that all was seen queued is enough.
 //!
 //! **Invariant**: a check that failed stays failed. What is stored is what was said: it is stored before anybody acts on it, and a
 //! death while it is stored leaves the sample before it.
@@ -26,10 +28,20 @@ type Stored = [u64; sample::WORDS];
 /// When a sample is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Occasion {
-    /// Between two instants: a round of copying ahead, `status`, a quiet moment.
+    /// Between two instants.
     Between,
-    /// At the swap after which the image's generation opens: inside the freeze, if there is one.
+    /// Between two instants, and no count moved between two samples.
+    Pause,
+    /// At the swap after which the image's generation opens, while requests may be under way: there was no freeze.
     Closing,
+    /// At such a swap inside a freeze, or behind the fence: nothing is under way.
+    Still,
+}
+
+impl Occasion {
+    const fn closes(self) -> bool {
+        matches!(self, Self::Closing | Self::Still)
+    }
 }
 
 /// What is believed at a sample.
@@ -96,11 +108,12 @@ impl Belief {
         let compared = compared.and_then(|now| Ok((*now, compare(&self.last, now)?)));
         let (now, proof) = compared.inspect_err(|check| self.doubt = Some(*check))?;
         self.last = now;
-        if proof == Proof::Proven {
+        let quiet = matches!(occasion, Occasion::Pause | Occasion::Still);
+        if proof == Proof::Proven && quiet {
             self.open_question = false;
         }
-        let owes_digests = self.open_question && occasion == Occasion::Closing;
-        if proof == Proof::Provisional && occasion == Occasion::Closing {
+        let owes_digests = self.open_question && occasion.closes();
+        if occasion == Occasion::Closing || occasion.closes() && proof == Proof::Provisional {
             self.open_question = true;
         }
         Ok(Verdict {
@@ -163,6 +176,10 @@ impl Belief {
             (sample::GENERATION, v.generation),
             (sample::OWN_WRITTEN, v.own.written),
             (sample::OWN_DISCARDED, v.own.discarded),
+            (sample::QUEUED_WRITTEN, v.queued.written),
+            (sample::QUEUED_DISCARDED, v.queued.discarded),
+            (sample::QUEUED_BASE_WRITTEN, v.queued_base.written),
+            (sample::QUEUED_BASE_DISCARDED, v.queued_base.discarded),
             (sample::KERNEL_WRITTEN, v.kernel.written),
             (sample::KERNEL_DISCARDED, v.kernel.discarded),
             (sample::BASE_WRITTEN, v.base.written),
@@ -218,6 +235,8 @@ impl Belief {
                 events: word(sample::EVENTS),
                 generation: word(sample::GENERATION),
                 own: sectors(sample::OWN_WRITTEN),
+                queued: sectors(sample::QUEUED_WRITTEN),
+                queued_base: sectors(sample::QUEUED_BASE_WRITTEN),
                 kernel: sectors(sample::KERNEL_WRITTEN),
                 base: sectors(sample::BASE_WRITTEN),
                 sectors: word(sample::SECTORS),

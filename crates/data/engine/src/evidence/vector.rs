@@ -3,11 +3,17 @@
 //! ```text
 //! a sample: the kernel's counters first ──▶ ours after      what falls in between is ours alone
 //! compare(earlier, now) ──▶ proven: all that the kernel has counted we have, to the sector
+//!                       ──▶ queued: the same of what was queued, and not of what was completed
 //!                       ──▶ provisional: nothing speaks against it; some requests were under way
 //!                       ──▶ a failed check, by name
 //! ```
-//! Both count a request when it completes, we first. So the kernel is never ahead of us unless we missed something, and both are
-//! equal when nothing is under way. What the kernel had counted before our programs were there is the *base*.
+//! The kernel counts a request when it completes. We count it twice: when its bios are queued, and when it completes, before the
+//! kernel does. So neither of ours is ever behind the kernel's unless runs were skipped, and all are equal when nothing is under
+//! way. What the kernel had counted before our programs were there is the *base*, one for each of our counts.
+//!
+//! **Why two counts.** A write is marked at both places, so one of them that saw everything is enough for the marks. But a kernel
+//! does not run a program where it is running it already on that processor, and completions interrupt whatever runs: they
+//! are the ones that are skipped. What that costs is the *second* mark, of writes that were under way at a swap outside a freeze.
 //!
 //! **Invariant**: what was not sampled, or moved backwards, is never taken for evidence.
 
@@ -25,10 +31,29 @@ pub struct Sectors {
 
 impl Sectors {
     /// What `self` has more than `other`; nothing where it has less.
-    const fn beyond(self, other: Self) -> Self {
+    #[must_use]
+    pub const fn beyond(self, other: Self) -> Self {
         Self {
             written: self.written.saturating_sub(other.written),
             discarded: self.discarded.saturating_sub(other.discarded),
+        }
+    }
+
+    /// The larger of each.
+    #[must_use]
+    pub fn most(self, other: Self) -> Self {
+        Self {
+            written: self.written.max(other.written),
+            discarded: self.discarded.max(other.discarded),
+        }
+    }
+
+    /// The smaller of each.
+    #[must_use]
+    pub fn least(self, other: Self) -> Self {
+        Self {
+            written: self.written.min(other.written),
+            discarded: self.discarded.min(other.discarded),
         }
     }
 
@@ -47,7 +72,7 @@ pub struct Vector {
     pub programs: [u32; 3],
     /// What attaches them.
     pub links: [u32; 3],
-    /// Runs that the kernel skipped, of all programs.
+    /// Runs that the kernel skipped and that no count would show.
     pub misses: u64,
     /// Marks that were given up: the programs' own distrust.
     pub lost: u64,
@@ -57,12 +82,16 @@ pub struct Vector {
     pub events: u64,
     /// The newest swap.
     pub generation: u64,
-    /// What we counted, of this volume's sectors. Read after `kernel`.
+    /// What we counted as it completed, of this volume's sectors. Read after `kernel`.
     pub own: Sectors,
+    /// What we counted as it was queued. Read after `kernel`.
+    pub queued: Sectors,
     /// What the kernel counted for this device. Read before `own`.
     pub kernel: Sectors,
     /// What the kernel had counted before us: see [`Vector::calibrate`].
     pub base: Sectors,
+    /// The same for `queued`.
+    pub queued_base: Sectors,
     /// Sectors of the volume.
     pub sectors: u64,
     /// Its first sector on its disk.
@@ -81,18 +110,28 @@ impl Vector {
     ///
     /// A base that is too small is found out by a later sample, as sectors that we did not see.
     pub fn calibrate(&mut self, sample: &Self) {
-        let base = sample.kernel.beyond(sample.own);
-        self.base.written = self.base.written.max(base.written);
-        self.base.discarded = self.base.discarded.max(base.discarded);
+        self.base = self.base.most(sample.kernel.beyond(sample.own));
+        let queued = sample.kernel.beyond(sample.queued);
+        self.queued_base = self.queued_base.most(queued);
     }
 
-    /// What the kernel counted since our programs are there.
-    fn counted(&self) -> Sectors {
+    /// What the kernel counted since our programs are there, as our count of completions began.
+    const fn counted(&self) -> Sectors {
         self.kernel.beyond(self.base)
     }
 
+    /// The same, as our count of what is queued began.
+    const fn counted_of_queued(&self) -> Sectors {
+        self.kernel.beyond(self.queued_base)
+    }
+
+    /// Whether the kernel has counted what neither of our counts has.
+    const fn unseen(&self) -> bool {
+        self.counted().exceeds(self.own) && self.counted_of_queued().exceeds(self.queued)
+    }
+
     /// Each number that can only grow.
-    const fn growing(&self) -> [u64; 9] {
+    const fn growing(&self) -> [u64; 11] {
         [
             self.misses,
             self.lost,
@@ -101,6 +140,8 @@ impl Vector {
             self.generation,
             self.own.written,
             self.own.discarded,
+            self.queued.written,
+            self.queued.discarded,
             self.kernel.written,
             self.kernel.discarded,
         ]
@@ -110,8 +151,11 @@ impl Vector {
 /// What a sample proves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Proof {
-    /// Every sector that the kernel counted was counted by us: no run was skipped, up to this sample.
+    /// Every sector that the kernel counted we saw complete: no run was skipped, up to this sample.
     Proven,
+    /// Every sector that the kernel counted we saw queued: all that was queued since the attach is marked. What was marked a
+    /// second time, because a generation began while it was under way, is not known.
+    Queued,
     /// Requests were under way: nothing was missed as far as can be seen.
     Provisional,
 }
@@ -227,18 +271,25 @@ pub fn compare(earlier: &Vector, now: &Vector) -> Result<Proof, Check> {
             earlier.programs != now.programs || !attached(&now.programs),
             Check::ProgramsChanged,
         ),
-        (earlier.base != now.base, Check::CountRestarted),
+        (
+            (earlier.base, earlier.queued_base) != (now.base, now.queued_base),
+            Check::CountRestarted,
+        ),
         (!earlier.statistics || !now.statistics, Check::StatisticsOff),
         (earlier.holders > 0 || now.holders > 0, Check::Stacked),
-        (shrank || now.base.exceeds(now.kernel), Check::WentBackwards),
+        (
+            shrank || now.base.exceeds(now.kernel) || now.queued_base.exceeds(now.kernel),
+            Check::WentBackwards,
+        ),
         (now.lost != earlier.lost, Check::MarksLost),
         (now.misses != earlier.misses, Check::RunsSkipped),
         (now.passthrough != earlier.passthrough, Check::Passthrough),
-        (now.counted().exceeds(now.own), Check::SectorsUnseen),
+        (now.unseen(), Check::SectorsUnseen),
     ];
     match failed.into_iter().find(|(fails, _)| *fails) {
         Some((_, check)) => Err(check),
         None if now.counted() == now.own => Ok(Proof::Proven),
+        None if now.counted_of_queued() == now.queued => Ok(Proof::Queued),
         None => Ok(Proof::Provisional),
     }
 }
