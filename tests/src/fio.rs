@@ -57,6 +57,18 @@ impl Fio {
         self.tool.start()
     }
 
+    /// Has a job that runs end its writes, verify, and report; it must not have ended before.
+    pub fn stop(running: Running) -> Result<FioRun> {
+        ensure!(running.runs(), "fio ended before it was told to");
+        running.signal("INT")?;
+        let mut done = running.finish()?;
+        // So it says that it was told to.
+        if done.code == Some(128) {
+            done.code = Some(0);
+        }
+        Self::judge(done)
+    }
+
     /// What a finished run reports; an I/O error or a failed verify is an error.
     pub fn judge(done: Finished) -> Result<FioRun> {
         let done = done.ok()?;

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Logical volumes, linear and thin, tracked and backed up while fio writes; no snapshot is left behind.
 # kernels: 6.12
-# modes: fuse watch
+# modes: watch
 # limit: 600 s
 SELF=$(realpath "$0")
 . "$(dirname "$SELF")/lib.sh"

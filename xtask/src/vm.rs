@@ -17,7 +17,7 @@ use crate::{build, packages, source};
 
 const FOLDER: &str = "tests/vm";
 /// Modes and features that scripts ask for and that are not built yet, and what to say then.
-const AWAITED: &[(&str, &str)] = &[("watch", "mode watch is not built yet")];
+const AWAITED: &[(&str, &str)] = &[("ublk", "mode ublk is not built yet")];
 /// vmrun's own exit code for 'no VM here'.
 const NO_VM: i32 = 125;
 /// The longest that fetching a kernel and a small Debian may take, seconds.

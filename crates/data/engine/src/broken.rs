@@ -90,6 +90,9 @@ pub(crate) enum Break {
     /// A write is not marked again when it completes.
     #[cfg(loom)]
     NoCompletionMark,
+    /// Copies count although completions went unseen since they were begun.
+    #[cfg(loom)]
+    UnseenUnchecked,
     /// Generations change outside of a freeze where no completion is seen.
     #[cfg(loom)]
     SwapUnfrozen,

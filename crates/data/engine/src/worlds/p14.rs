@@ -2,6 +2,9 @@
 //!
 //! The base image has every block as it was at the beginning. Each round copies what its drain found; at the end every block of the
 //! image must be what the device has. So a mark that is merely late is found: the last round drains one bitmap only.
+//!
+//! Completions may go unseen. Then the last round finds that fewer were counted than there were, and copies once more all that was
+//! ever drained.
 
 use super::explore;
 use crate::PlainMemory;
@@ -34,8 +37,10 @@ struct World {
     writers: usize,
     /// They write to one block.
     same: bool,
-    /// Completions are seen. If not, generations change inside a freeze.
+    /// There are completions to be seen. If not, generations change inside a freeze.
     completions: bool,
+    /// The kernel does not run the program at completions.
+    unseen: bool,
     /// Rounds before the last, while writes are under way.
     rounds: usize,
     /// The bitmap that is live is drained first, without a swap.
@@ -50,6 +55,9 @@ struct Shared {
     watch: WatchMarks,
     marks: Marks,
     device: [AtomicU64; 2],
+    /// Completions: as the kernel counts them, and as we do.
+    completed: AtomicU64,
+    counted: AtomicU64,
     freeze: RwLock<()>,
 }
 
@@ -61,10 +69,16 @@ impl Shared {
         let inside = (!self.w.completions).then(|| self.freeze.read().unwrap());
         self.watch.mark(bit, bit + 1);
         self.device[block].store(u64::try_from(writer).unwrap() + 1, Relaxed);
-        if self.w.completions && !broken(NoCompletionMark) {
-            // The device tells that it is done, and that is seen before anything is looked at.
-            fence(SeqCst);
-            self.watch.mark(bit, bit + 1);
+        if self.w.completions && !self.w.unseen {
+            if !broken(NoCompletionMark) {
+                // The device tells that it is done, and that is seen before anything is looked at.
+                fence(SeqCst);
+                self.watch.mark(bit, bit + 1);
+            }
+            self.counted.fetch_add(1, Relaxed);
+        }
+        if self.w.completions {
+            self.completed.fetch_add(1, Relaxed);
         }
         drop(inside);
     }
@@ -134,6 +148,8 @@ fn run(w: World) {
         watch: WatchMarks::small(&memory, w.turns).unwrap(),
         marks: Marks::new(word(4), Box::new([word(5)]), geometry),
         device: [AtomicU64::new(0), AtomicU64::new(0)],
+        completed: AtomicU64::new(0),
+        counted: AtomicU64::new(0),
         freeze: RwLock::new(()),
     });
     let writers: Vec<_> = (0..w.writers)
@@ -158,6 +174,9 @@ fn run(w: World) {
     }
     x.watch.swap();
     x.drain(false, None, &mut image);
+    if x.counted.load(Relaxed) != x.completed.load(Relaxed) && !broken(UnseenUnchecked) {
+        x.copy(x.bank(), &mut image);
+    }
     if x.watch.lost() > 0 {
         return;
     }
@@ -199,6 +218,7 @@ const ONE: World = World {
     writers: 1,
     same: false,
     completions: true,
+    unseen: false,
     rounds: 2,
     live: false,
     dies: None,
@@ -212,6 +232,15 @@ const LIVE: World = World {
     live: true,
     rounds: 1,
     ..ONE
+};
+const UNSEEN: World = World {
+    unseen: true,
+    ..ONE
+};
+const UNSEEN_SAME: World = World {
+    writers: 2,
+    same: true,
+    ..UNSEEN
 };
 const BIOS: World = World {
     completions: false,
@@ -254,6 +283,12 @@ fn p14_holds() {
         ("two writes", TWO, Some(3)),
         ("two writes to one block", SAME, Some(3)),
         ("live", LIVE, Some(3)),
+        ("completions unseen", UNSEEN, None),
+        (
+            "completions unseen, two writes to one block",
+            UNSEEN_SAME,
+            Some(3),
+        ),
         ("bios", BIOS, None),
         ("bios, two writes", BIOS_TWO, Some(3)),
         ("bios, two writes to one block", BIOS_SAME, Some(3)),
@@ -282,6 +317,8 @@ fn p14_every_rule_left_out_is_found() {
         (ONE, NoSwapFence, OLD),
         (ONE, NoCompletionMark, OLD),
         (SAME, NoCompletionMark, OLD),
+        (UNSEEN, UnseenUnchecked, OLD),
+        (UNSEEN_SAME, UnseenUnchecked, OLD),
         (SHORT, LostUnsaid, OLD),
         (LIVE, ClearByStore, OLD),
         (BIOS, SwapUnfrozen, OLD),
