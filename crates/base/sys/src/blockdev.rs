@@ -145,6 +145,12 @@ impl BlockDevice {
         })
     }
 
+    /// The disk's sequence number, which another disk in its place, under its name and number, does not have (5.15; before: 0).
+    pub fn sequence(&self) -> u64 {
+        let text = read_trimmed(&self.disk_folder().join("diskseq"));
+        text.ok().and_then(|t| t.parse().ok()).unwrap_or(0)
+    }
+
     /// Whether [`Self::counters`] are kept (`queue/iostats`).
     pub fn counts(&self) -> bool {
         self.queue_u32("iostats").is_ok_and(|v| v != 0)
@@ -282,7 +288,7 @@ impl BlockDevice {
 
     /// Processes that have this device open, with why: seen in /proc/*/fd, so only what root may see.
     pub fn openers(&self) -> Vec<Opener> {
-        let a_node = |to: &Path| to.starts_with("/dev");
+        let a_node = |_: &Path, to: &Path| to.starts_with("/dev");
         let is_it = |_: &Path, found: &std::fs::Metadata| {
             found.file_type().is_block_device()
                 && DeviceNumber::from_raw(found.rdev()) == self.number
@@ -399,7 +405,7 @@ pub fn openers_of(path: &Path) -> Result<Vec<Opener>> {
         return Ok(BlockDevice::at(path)?.openers());
     }
     let id = (wanted.dev(), wanted.ino());
-    let same_name = |to: &Path| to.file_name() == path.file_name();
+    let same_name = |_: &Path, to: &Path| to.file_name() == path.file_name();
     Ok(openers(same_name, |_, found| {
         (found.dev(), found.ino()) == id
     }))
@@ -409,27 +415,34 @@ pub fn openers_of(path: &Path) -> Result<Vec<Opener>> {
 pub fn writers_of(path: &Path) -> Result<Vec<Opener>> {
     let wanted = std::fs::metadata(path).map_err(|e| SysError::call("stat", path, e))?;
     let id = (wanted.dev(), wanted.ino());
-    let same_name = |to: &Path| to.file_name() == path.file_name();
-    Ok(openers(same_name, |fd, found| {
+    // A hard link has another name, and the same inode.
+    let inode = wanted.ino().to_string();
+    let may_be = |fd: &Path, to: &Path| {
+        to.file_name() == path.file_name() || fact_of(fd, "ino:").is_some_and(|ino| ino == inode)
+    };
+    Ok(openers(may_be, |fd, found| {
         (found.dev(), found.ino()) == id && is_for_writing(fd)
     }))
 }
 
 /// Whether a descriptor, named below `/proc/PID/fd`, can be written to; in doubt it can.
 fn is_for_writing(fd: &Path) -> bool {
-    let place = fd.parent().and_then(Path::parent).zip(fd.file_name());
-    let facts = place.map(|(process, number)| process.join("fdinfo").join(number));
-    let text = facts.and_then(|path| std::fs::read_to_string(path).ok());
-    let flags = text.as_deref().and_then(|text| {
-        let line = text.lines().find_map(|l| l.strip_prefix("flags:"))?;
-        u32::from_str_radix(line.trim(), 8).ok()
-    });
+    let flags = fact_of(fd, "flags:").and_then(|text| u32::from_str_radix(&text, 8).ok());
     flags.is_none_or(|flags| flags & 3 != 0)
 }
 
-/// Only descriptors whose `name` may be right are asked: stat(2) on a file of a hung file system never returns.
+/// What the kernel says of a descriptor, named below `/proc/PID/fd`, without asking its file system (`ino:` since 5.14).
+fn fact_of(fd: &Path, name: &str) -> Option<String> {
+    let (process, number) = fd.parent().and_then(Path::parent).zip(fd.file_name())?;
+    let text = std::fs::read_to_string(process.join("fdinfo").join(number)).ok()?;
+    let value = text.lines().find_map(|line| line.strip_prefix(name))?;
+    Some(value.trim().to_owned())
+}
+
+/// Only descriptors that `may_be` right, by their own path and what they lead to, are asked: stat(2) on a file of a hung file
+/// system never returns.
 fn openers(
-    name: impl Fn(&Path) -> bool,
+    may_be: impl Fn(&Path, &Path) -> bool,
     is_it: impl Fn(&Path, &std::fs::Metadata) -> bool,
 ) -> Vec<Opener> {
     let mut found = Vec::new();
@@ -446,7 +459,7 @@ fn openers(
             .flatten()
             .flatten();
         let has = open
-            .filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| name(&to)))
+            .filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| may_be(&fd.path(), &to)))
             .any(|fd| std::fs::metadata(fd.path()).is_ok_and(|m| is_it(&fd.path(), &m)));
         if has {
             let name = read_trimmed(&process.path().join("comm")).unwrap_or_default();
