@@ -26,7 +26,7 @@ use blktide_volume::{VolumeError, VolumeOptions};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::counters::Counters;
+use crate::counters::{Counters, Running};
 use crate::marker::{Marker, Plan, grain_for};
 use crate::marks::Marks;
 use crate::memory::PinnedMemory;
@@ -97,6 +97,7 @@ fn is_whole(options: &VolumeOptions, pins: &Pins, target: &Target) -> bool {
     watched.engine.word(control::STATE) == ATTACHED
         && shape.device == packed(target.disk.major, target.disk.minor)
         && (shape.start_sector, shape.sectors) == (target.start_sector, target.sectors)
+        && Running::of(pins).is_whole()
 }
 
 /// Two numbers in a word.

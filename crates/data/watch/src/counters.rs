@@ -83,6 +83,12 @@ pub(crate) struct Running {
 }
 
 impl Running {
+    /// Whether each program is there, and run.
+    pub(crate) fn is_whole(&self) -> bool {
+        let mut all = self.programs.iter().chain(&self.links);
+        all.all(|id| *id != 0)
+    }
+
     pub(crate) fn of(pins: &Pins) -> Self {
         let mut running = Self::default();
         let of = |what: &str, name: &str| -> Option<u64> {

@@ -21,11 +21,11 @@ use blktide_engine::evidence::{Belief, Check, Occasion, Proof, Sectors, Vector};
 use blktide_sys::blockdev::BlockDevice;
 use blktide_sys::event::pause;
 use blktide_sys::host;
+use blktide_sys::mounts::DeviceNumber;
 use blktide_types::reason::Reason;
 use blktide_volume::VolumeError;
 use std::time::Duration;
 
-use crate::attach::packed;
 use crate::counters::{Counted, Running};
 use crate::target::{Target, writer_of_the_file};
 use crate::tracker::Watched;
@@ -147,7 +147,7 @@ impl Watched {
         let kernel = device.counters().ok()?;
         let counted = self.counters.read().ok()?;
         let running = Running::of(&self.pins);
-        let disk = device.whole_disk().ok()?.number();
+        let disk = device.whole_disk().ok()?;
         let (base, queued_base) = Belief::load(self.marks.memory())
             .map(|b| (b.last().base, b.last().queued_base))
             .unwrap_or_default();
@@ -175,7 +175,7 @@ impl Watched {
             queued_base,
             sectors: device.bytes().ok()? / 512,
             start_sector: device.start_sector().ok()?,
-            device: packed(disk.major, disk.minor),
+            device: identity(disk.number(), disk.sequence()),
             holders: u32::try_from(device.holders().ok()?.len()).unwrap_or(u32::MAX),
             statistics: device.counts(),
         })
@@ -272,6 +272,12 @@ fn uncounted_misses(running: &Running, counted: &Counted) -> Option<u64> {
     let [queue, _, done] = running.skipped;
     let by_another_way = if counted.by_another_way > 0 { done? } else { 0 };
     Some(queue?.saturating_add(by_another_way))
+}
+
+/// A disk by its number, 32 bits for the kernel, and the low half of its sequence number: loop, nbd and card readers keep the number,
+/// the counts and the size for another disk.
+fn identity(number: DeviceNumber, sequence: u64) -> u64 {
+    sequence << 32 | u64::from(number.major) << 20 | u64::from(number.minor)
 }
 
 /// The counts of a sample, for people: what the kernel counted since the attach, and what we did.

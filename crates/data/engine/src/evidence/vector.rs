@@ -96,7 +96,7 @@ pub struct Vector {
     pub sectors: u64,
     /// Its first sector on its disk.
     pub start_sector: u64,
-    /// The disk: major << 32 | minor.
+    /// The disk, by all that another one in its place does not have.
     pub device: u64,
     /// Devices stacked on the volume.
     pub holders: u32,
@@ -253,7 +253,7 @@ impl core::fmt::Display for Check {
 ///
 /// Errors: the first check that failed.
 pub fn compare(earlier: &Vector, now: &Vector) -> Result<Proof, Check> {
-    let attached = |ids: &[u32; 3]| ids.first().is_some_and(|id| *id != 0);
+    let attached = |ids: &[u32; 3]| ids.iter().all(|id| *id != 0);
     let mut counters = earlier.growing().into_iter().zip(now.growing());
     let shrank = counters.any(|(before, now)| now < before);
     let failed = [
