@@ -3,8 +3,13 @@
 use anyhow::{Context, Result, ensure};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use crate::clock::wait_until;
 use crate::run::Tool;
+
+/// How long the node of a new partition is waited for.
+const NODE_LIMIT: Duration = Duration::from_secs(10);
 
 /// A new sparse file of `bytes`.
 pub fn make_file(path: &Path, bytes: u64) -> Result<()> {
@@ -62,6 +67,32 @@ impl LoopDevice {
         })
     }
 
+    /// Over `file`, with sectors of 512 bytes and whatever partitions are put on it; they go with it.
+    pub fn partitioned(file: &Path) -> Result<Self> {
+        let done = Tool::new("losetup")
+            .args(["--find", "--show", "--direct-io=on", "--partscan"])
+            .arg(file)
+            .run()?
+            .ok()?;
+        Ok(Self {
+            path: PathBuf::from(done.stdout.trim()),
+        })
+    }
+
+    /// Adds partition `number` of `sectors` of 512 bytes from `start`; its node, once it is there.
+    pub fn add_partition(&self, number: u32, start: u64, sectors: u64) -> Result<PathBuf> {
+        Tool::new("addpart")
+            .arg(&self.path)
+            .args([u64::from(number), start, sectors].map(|n| n.to_string()))
+            .run()?
+            .ok()?;
+        let node = PathBuf::from(format!("{}p{number}", self.path.display()));
+        wait_until("the partition's node is there", NODE_LIMIT, || {
+            Ok(node.exists())
+        })?;
+        Ok(node)
+    }
+
     /// `/dev/loopN`.
     pub fn path(&self) -> &Path {
         &self.path
@@ -74,6 +105,44 @@ impl Drop for LoopDevice {
     }
 }
 
+/// `/dev/zram0`, taken while nobody uses it: memory as a block device without requests. Reset when dropped.
+#[derive(Debug)]
+pub struct ZramDevice(());
+
+/// Its folder in sysfs.
+const ZRAM: &str = "/sys/block/zram0";
+
+impl ZramDevice {
+    /// With `bytes`, and counted, which the kernel does not do for it by itself.
+    pub fn new(bytes: u64) -> Result<Self> {
+        let size = Path::new(ZRAM).join("disksize");
+        let used = fs::read_to_string(&size)?;
+        ensure!(used.trim() == "0", "/dev/zram0 is somebody's: {used}");
+        let this = Self(());
+        say(&size, &bytes.to_string())?;
+        say(&Path::new(ZRAM).join("queue/iostats"), "1")?;
+        Ok(this)
+    }
+
+    /// `/dev/zram0`.
+    pub fn path(&self) -> &Path {
+        Path::new("/dev/zram0")
+    }
+}
+
+impl Drop for ZramDevice {
+    fn drop(&mut self) {
+        drop(say(&Path::new(ZRAM).join("queue/iostats"), "0"));
+        drop(say(&Path::new(ZRAM).join("reset"), "1"));
+    }
+}
+
+fn say(path: &Path, text: &str) -> Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).open(path)?;
+    std::io::Write::write_all(&mut file, text.as_bytes())
+        .with_context(|| format!("{text} to {}", path.display()))
+}
+
 /// The file systems that are tested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileSystem {
@@ -81,6 +150,8 @@ pub enum FileSystem {
     Ext4,
     /// XFS.
     Xfs,
+    /// btrfs.
+    Btrfs,
 }
 
 impl FileSystem {
@@ -89,6 +160,7 @@ impl FileSystem {
         match self {
             Self::Ext4 => "ext4",
             Self::Xfs => "xfs",
+            Self::Btrfs => "btrfs",
         }
     }
 
@@ -98,6 +170,7 @@ impl FileSystem {
             // Nothing left to a thread of the kernel: what is on the device after mkfs stays as it is.
             Self::Ext4 => Tool::new("mkfs.ext4").args(["-q", "-F", "-E", "lazy_itable_init=0"]),
             Self::Xfs => Tool::new("mkfs.xfs").args(["-q", "-f"]),
+            Self::Btrfs => Tool::new("mkfs.btrfs").args(["-q", "-f"]),
         };
         tool.arg(target).limit(120).run()?.ok()?;
         Ok(())
@@ -137,6 +210,10 @@ impl FileSystem {
                     .run()?
                     .ok()?;
             }
+            Self::Btrfs => {
+                drop(Mounted::new(target, scratch, &[])?);
+                self.check(target)?;
+            }
         }
         Ok(())
     }
@@ -146,6 +223,7 @@ impl FileSystem {
         match self {
             Self::Ext4 => Tool::new("e2fsck").args(["-f", "-n"]),
             Self::Xfs => Tool::new("xfs_repair").arg("-n"),
+            Self::Btrfs => Tool::new("btrfs").args(["check", "--readonly"]),
         }
         .arg(target)
         .limit(300)

@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::cgroup::{cgroups_of, remove};
 use crate::clock::wait_until;
 use crate::compare::same_bytes;
 use crate::pins;
@@ -431,10 +432,14 @@ pub fn leave_nothing(root: &Path) {
     unmount_below(root, true);
     pins::remove_of(root);
     clear_loops_below(root);
+    let part = root.file_name().unwrap_or_default().to_string_lossy();
+    for group in cgroups_of(&part) {
+        remove(&group);
+    }
     drop(fs::remove_dir_all(root));
 }
 
-/// What is there of any instance whose folder's name contains `part`: mounts, loop devices, processes, folders.
+/// What is there of any instance whose folder's name contains `part`: mounts, loop devices, processes, pins, folders.
 pub fn remains(part: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -462,10 +467,10 @@ pub fn remains(part: &str) -> Vec<String> {
             String::from_utf8_lossy(&words).replace('\0', " ")
         ));
     }
-    for entry in fs::read_dir("/var/tmp").into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().contains(part) {
-            found.push(format!("lying about: {}", entry.path().display()));
-        }
+    let folders = fs::read_dir("/var/tmp").into_iter().flatten().flatten();
+    let named = folders.filter(|e| e.file_name().to_string_lossy().contains(part));
+    for path in named.map(|e| e.path()).chain(cgroups_of(part)) {
+        found.push(format!("lying about: {}", path.display()));
     }
     found
 }
@@ -495,6 +500,15 @@ fn unmount_below(root: &Path, fuse: bool) {
         };
         if Path::new(target).starts_with(root) && (fuse || !after.starts_with("fuse")) {
             let mut tool = Tool::new("umount").limit(20);
+            if !fuse {
+                // What a test froze and was killed would hang everybody who comes near.
+                drop(
+                    Tool::new("fsfreeze")
+                        .args(["--unfreeze", target])
+                        .limit(20)
+                        .run(),
+                );
+            }
             if fuse {
                 tool = tool.arg("--lazy");
             }

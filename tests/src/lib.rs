@@ -16,6 +16,7 @@
 //! With `BLKTIDE_TEST_LONG=1` (`cargo xtask test --long`) the counts are those of a release: see [`count`].
 #![forbid(unsafe_code)]
 
+mod cgroup;
 mod clock;
 mod compare;
 mod counters;
@@ -27,18 +28,23 @@ mod pins;
 mod recorder;
 mod run;
 mod seed;
+mod watch;
 
+pub use cgroup::{Cgroup, Frozen};
 pub use clock::{Stopwatch, pass, wait_until};
 pub use compare::{blocks_that_differ, copy_sparse, same_bytes, same_trees};
 pub use counters::DeviceCounters;
 pub use demo::Demo;
-pub use devices::{FileSystem, LoopDevice, Mounted, backing_file, fill_file, make_file};
+pub use devices::{
+    FileSystem, LoopDevice, Mounted, ZramDevice, backing_file, fill_file, make_file,
+};
 pub use fio::{Fio, FioRun};
 pub use instance::{Instance, Reply, binary, leave_nothing, number_at, put, remains, text_of};
 pub use pins::folders_of;
 pub use recorder::{Record, Recorder, UNIT, open_direct, write_block};
 pub use run::{Finished, Running, Tool, kill, pids_naming};
 pub use seed::Seed;
+pub use watch::{Figures, Tracked, Truth, doubt, figure, no_doubt, shell};
 
 /// `short` in CI, `long` under `cargo xtask test --long`.
 pub fn count(short: u64, long: u64) -> u64 {

@@ -18,7 +18,7 @@ const MIB: u64 = 1 << 20;
 fn bytes_for(system: FileSystem) -> u64 {
     match system {
         FileSystem::Ext4 => 64 * MIB,
-        FileSystem::Xfs => 320 * MIB,
+        FileSystem::Xfs | FileSystem::Btrfs => 320 * MIB,
     }
 }
 

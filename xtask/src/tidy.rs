@@ -40,6 +40,7 @@ const PAGES: &[&str] = &[
     "docs/failures.md",
     "docs/concurrency.md",
     "docs/glossary.md",
+    "docs/watch.md",
 ];
 
 /// Fails with one line for each place that breaks a rule.

@@ -8,7 +8,8 @@ use crate::packages::{have, root};
 
 /// All words that a `needs` line may have.
 pub const WORDS: &[&str] = &[
-    "root", "loop", "fuse", "bpf", "ext4", "xfs", "fio", "memcg", "python3", "systemd", "space",
+    "root", "loop", "fuse", "bpf", "ext4", "xfs", "btrfs", "fio", "memcg", "blkio", "zram",
+    "python3", "sqlite3", "systemd", "space",
 ];
 
 /// Why `need` is not to be had here; `None` if it is.
@@ -20,16 +21,18 @@ pub fn lacks(need: &str) -> Option<String> {
             "no loop devices (/dev/loop-control)",
         ),
         "fuse" => reason(opens("/dev/fuse"), "no FUSE (/dev/fuse)"),
-        "bpf" => reason(
-            Path::new("/sys/kernel/btf/vmlinux").exists(),
-            "the kernel does not describe its structures (/sys/kernel/btf/vmlinux)",
-        ),
+        "bpf" => marker(),
         "ext4" => program("mkfs.ext4")
             .or_else(|| program("e2fsck"))
             .or_else(|| file_system("ext4")),
         "xfs" => program("mkfs.xfs")
             .or_else(|| program("xfs_repair"))
             .or_else(|| file_system("xfs")),
+        "btrfs" => program("mkfs.btrfs")
+            .or_else(|| program("btrfs"))
+            .or_else(|| file_system("btrfs")),
+        "blkio" => reason(throttling(), "no cgroup that throttles block devices"),
+        "zram" => reason(free_zram(), "no /dev/zram0 that nobody uses"),
         "memcg" => reason(memory_cgroup(), "no memory cgroup that can be written"),
         "systemd" => reason(
             Path::new("/run/systemd/system").is_dir(),
@@ -66,6 +69,37 @@ fn file_system(name: &str) -> Option<String> {
     // A module that is loaded on mount: load it now, or it is not to be had.
     drop(Command::new("modprobe").arg(name).output());
     reason(known(), &format!("the kernel has no {name}"))
+}
+
+/// What mode watch needs of the kernel, as far as can be seen without loading a program.
+fn marker() -> Option<String> {
+    let locked = fs::read_to_string("/sys/kernel/security/lockdown");
+    let locked = locked.is_ok_and(|text| text.contains("[confidentiality]"));
+    reason(root(), "not root")
+        .or_else(|| {
+            let known = Path::new("/sys/kernel/btf/vmlinux").exists();
+            reason(
+                known,
+                "the kernel does not describe its structures (/sys/kernel/btf/vmlinux)",
+            )
+        })
+        .or_else(|| file_system("bpf"))
+        .or_else(|| reason(!locked, "the kernel is locked down: confidentiality"))
+}
+
+fn throttling() -> bool {
+    let first = Path::new("/sys/fs/cgroup/blkio/blkio.throttle.write_iops_device").exists();
+    let second = fs::read_to_string("/sys/fs/cgroup/cgroup.subtree_control")
+        .is_ok_and(|t| t.split_whitespace().any(|word| word == "io"));
+    root() && (first || second)
+}
+
+fn free_zram() -> bool {
+    let size = || fs::read_to_string("/sys/block/zram0/disksize");
+    if size().is_err() {
+        drop(Command::new("modprobe").arg("zram").output());
+    }
+    root() && size().is_ok_and(|text| text.trim() == "0")
 }
 
 fn memory_cgroup() -> bool {
