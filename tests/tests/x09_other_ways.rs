@@ -268,7 +268,9 @@ fn all_pins_gone() -> Result<()> {
     fs::remove_dir(&folder)?;
     ensure!(
         matches!(
-            tracked.open().map_err(|e| e.downcast::<VolumeError>()),
+            tracked
+                .open()
+                .map_err(anyhow::Error::downcast::<VolumeError>),
             Err(Ok(VolumeError::NotAttached { .. }))
         ),
         "attached without pins"
@@ -424,7 +426,7 @@ fn twice() -> Result<()> {
     ensure!(tracked.attach()? == Attached::Before);
     let busy = tracked
         .detach(InUse::Refuse)
-        .map_err(|e| e.downcast::<VolumeError>());
+        .map_err(anyhow::Error::downcast::<VolumeError>);
     ensure!(
         matches!(
             busy,
@@ -444,7 +446,7 @@ fn twice() -> Result<()> {
     ensure!(tracked.detach(InUse::LetGo)? == Detached::Live);
     let gone = tracked
         .detach(InUse::LetGo)
-        .map_err(|e| e.downcast::<VolumeError>());
+        .map_err(anyhow::Error::downcast::<VolumeError>);
     ensure!(
         matches!(gone, Err(Ok(VolumeError::NotAttached { .. }))),
         "{gone:?}"
@@ -459,7 +461,7 @@ fn twice() -> Result<()> {
     ensure!(tracked.detach(InUse::Refuse)? == Detached::Stored);
     let gone = tracked
         .detach(InUse::Refuse)
-        .map_err(|e| e.downcast::<VolumeError>());
+        .map_err(anyhow::Error::downcast::<VolumeError>);
     ensure!(
         matches!(gone, Err(Ok(VolumeError::NotAttached { .. }))),
         "{gone:?}"

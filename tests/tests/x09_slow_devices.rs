@@ -161,10 +161,10 @@ fn writes_under_way_when_a_generation_ends() -> Result<()> {
     copies.again(last_but_one)?;
     writer.signal("INT")?;
     writer.finish()?;
-    let last: BTreeSet<u64> = watched.drain().blocks().map(|b| b.0).collect();
+    let rest: BTreeSet<u64> = watched.drain().blocks().map(|b| b.0).collect();
     drop(watched);
     let stale = copies.stale(&truth.copy("after")?)?;
-    let missed: Vec<&u64> = stale.difference(&last).collect();
+    let missed: Vec<&u64> = stale.difference(&rest).collect();
     // A copy made before a completion that went unseen may be stale. A backup finds that out; what is had here is the drains alone.
     let unseen = Writes::of(disk.path())?
         .since(&before)

@@ -368,7 +368,7 @@ words! {
         18 => SECTORS,
         /// First sector of the volume on its disk.
         19 => START_SECTOR,
-        /// The whole disk: major << 32 | minor.
+        /// The whole disk: its sequence number << 32 | major << 20 | minor.
         20 => DEVICE,
         /// Sectors written that we saw queued.
         21 => QUEUED_WRITTEN,

@@ -296,6 +296,30 @@ impl BlockDevice {
         openers(a_node, is_it)
     }
 
+    /// Processes that can write to it by a node of it that they have open; this one is left out.
+    pub fn writers(&self) -> Vec<Opener> {
+        let a_node = |_: &Path, to: &Path| to.starts_with("/dev");
+        let is_it = |fd: &Path, found: &std::fs::Metadata| {
+            found.file_type().is_block_device()
+                && DeviceNumber::from_raw(found.rdev()) == self.number
+                && is_for_writing(fd)
+        };
+        let own = i32::try_from(std::process::id()).unwrap_or(0);
+        let mut all = openers(a_node, is_it);
+        all.retain(|opener| opener.pid != own);
+        all
+    }
+
+    /// Writes that were queued and are not done, as far as the kernel counts (see [`Self::counts`]).
+    pub fn writes_under_way(&self) -> Result<u64> {
+        let path = self.folder.join("inflight");
+        let text = read_trimmed(&path)?;
+        let writes = text.split_ascii_whitespace().nth(1);
+        writes
+            .and_then(|n| n.parse().ok())
+            .ok_or_else(|| SysError::call("read", path, io::ErrorKind::InvalidData.into()))
+    }
+
     /// Whether it is `below`, a partition of it, or built (dm, md, bcache …) on it or on a partition of it. Where sysfs does not
     /// say: false.
     pub fn stands_on(&self, below: DeviceNumber) -> bool {

@@ -17,6 +17,7 @@
 //! up, has lost nothing.
 
 use blktide_engine::PreparedGeneration;
+use blktide_engine::evidence::Occasion;
 use blktide_format::manifest::Consistency;
 use blktide_sys::clock::SystemClock;
 use blktide_sys::fs;
@@ -36,7 +37,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::copy::{Last, Reader};
-use crate::evidence::Completions;
+use crate::evidence::{Completions, has_landed};
 use crate::quiet::{Quiet, Standing};
 use crate::target::Target;
 use crate::tracker::{Watched, engine_error, io_at, refused};
@@ -128,9 +129,9 @@ struct State {
     target: Target,
     wanted: BlockSet,
     changed: Option<BlockSet>,
-    /// All that was drained since the begin: what early copies may be stale of.
+    /// All that may have been under way at the begin or at a swap since: what early copies may be stale of.
     drained: BlockSet,
-    /// At the begin; `None`: they need not be asked, because all swaps are in freezes.
+    /// At the begin.
     completions: Option<Completions>,
     /// Swaps are in freezes.
     still: bool,
@@ -163,26 +164,8 @@ impl Ahead {
             guard: &request.guard,
             limit: request.limits.limit,
         };
-        let mut completions = watched.completions(&target);
-        let mut drained = if still {
-            how.swap(&mut watched, &mut longest, &mut |_| {})?
-        } else {
-            watched.drain()
-        };
-        watched.look_at_evidence(&target);
+        let (completions, drained) = how.begin(&mut watched, &target, &mut longest)?;
         let distrust = watched.distrusted();
-        if distrust.is_some() {
-            // What was written before is in every block's copy. What is under way is not, and there is nothing yet to check it by.
-            let begun = how.swap(&mut watched, &mut longest, &mut |watched| {
-                watched.begin_anew(&target, true);
-                completions = watched.completions(&target);
-            });
-            match begun {
-                Ok(more) => drained.union_with(&more),
-                Err(VolumeError::Refused { .. }) => watched.begin_anew(&target, false),
-                Err(error) => return Err(error),
-            }
-        }
         let resolved =
             distrust.is_none() && request.base.is_some_and(|b| watched.control.resolves(b));
         let changed = match request.base {
@@ -311,7 +294,13 @@ impl Ahead {
             limit: self.limits.limit,
         };
         let dirty = if state.still {
-            let swapped = how.swap(&mut state.watched, &mut state.longest, &mut |_| {});
+            let State {
+                watched,
+                target,
+                longest,
+                ..
+            } = state;
+            let swapped = how.swap(watched, target, longest, &mut |_| {});
             swapped.map_err(source)?
         } else {
             state.watched.drain()
@@ -373,8 +362,8 @@ impl Ahead {
         }
         let (longest, whole) = standing.end(&state.watched);
         state.longest = state.longest.max(longest);
-        let (last, set) = match frozen? {
-            Taken::All(last, set) => (last, set),
+        let (last, set, was_quiet) = match frozen? {
+            Taken::All(last, set, was_quiet) => (last, set, was_quiet),
             Taken::Doubtful => return Err(SourceError::Revoked(RevokeCause::Distrusted)),
             Taken::Unseen => {
                 state.still = true;
@@ -402,7 +391,11 @@ impl Ahead {
             changed: state.changed.clone(),
             opened: opens,
             instant: wall,
-            consistency: quiet.consistency(),
+            consistency: if was_quiet {
+                quiet.consistency()
+            } else {
+                Consistency::None
+            },
             longest_freeze: state.longest,
             last_blocks: set,
             last,
@@ -431,12 +424,22 @@ impl Ahead {
     ) -> Result<Taken, SourceError> {
         let dirty = state.watched.drain();
         state.add(&dirty);
-        if !state.watched.check(&state.target, standing.occasion()) {
+        let quiet = standing.is_quiet() && has_landed(&state.target);
+        if state.still && !quiet {
+            return Err(SourceError::Io(io::Error::other(
+                "a moment is needed at which no write is under way, and there was none: it is written past its file system",
+            )));
+        }
+        let occasion = if quiet {
+            Occasion::Still
+        } else {
+            Occasion::Closing
+        };
+        if !state.watched.check(&state.target, occasion) {
             return Ok(Taken::Doubtful);
         }
         // Where writers go on, only the next sample that is quiet by chance can tell: see `Belief::open_question`.
-        let tells = standing.is_quiet() && !state.still;
-        if tells && state.completions != state.watched.completions(&state.target) {
+        if quiet && !state.still && state.completions != state.watched.completions(&state.target) {
             return Ok(Taken::Unseen);
         }
         if dirty.count().0 > room {
@@ -450,7 +453,7 @@ impl Ahead {
             .control
             .open_prepared(prepared)
             .map_err(|e| source(engine_error(e)))?;
-        Ok(Taken::All(last, dirty))
+        Ok(Taken::All(last, dirty, quiet))
     }
 
     /// Opens the next generation in a short freeze, for an instant that somebody else keeps and that comes after it. Returns its name.
@@ -472,7 +475,14 @@ impl Ahead {
             .map_err(source)?;
         let dirty = state.watched.drain();
         state.add(&dirty);
-        let believed = state.watched.check(&state.target, standing.occasion());
+        let still = standing.is_quiet() && has_landed(&state.target);
+        let occasion = if still {
+            Occasion::Still
+        } else {
+            Occasion::Closing
+        };
+        // Where nobody tells when a write is done, an instant without such a moment is none.
+        let believed = (still || !state.still) && state.watched.check(&state.target, occasion);
         let opened = believed.then(|| state.watched.control.open_prepared(&prepared));
         let (longest, whole) = standing.end(&state.watched);
         state.longest = state.longest.max(longest);
@@ -505,8 +515,8 @@ impl Ahead {
 
 /// What a freeze has brought.
 enum Taken {
-    /// All that was left.
-    All(Last, BlockSet),
+    /// All that was left, and whether no write was under way.
+    All(Last, BlockSet, bool),
     /// More was left than there was room or time for.
     TooMuch(BlockSet),
     /// The evidence says that something was written unseen.
@@ -533,12 +543,49 @@ struct Still<'a> {
 }
 
 impl Still<'_> {
+    /// The first swap of an image, and what is believed of the marks from then on; the completions seen so far, and what may have
+    /// been under way.
+    fn begin(
+        &self,
+        watched: &mut Watched,
+        target: &Target,
+        longest: &mut Duration,
+    ) -> Result<(Option<Completions>, BlockSet), VolumeError> {
+        let mut completions = watched.completions(target);
+        let swapped = if target.bio_based {
+            self.swap(watched, target, longest, &mut |_| {})?
+        } else {
+            watched.drain()
+        };
+        watched.look_at_evidence(target);
+        // What was under way at the begin was marked since the last instant, maybe taken by somebody before us.
+        let mut drained = watched.in_open_generation();
+        drained.union_with(&swapped);
+        if watched.distrusted().is_some() {
+            // Nothing says what is under way: a moment at which nothing is, and the evidence begins there.
+            let begun = self.swap(watched, target, longest, &mut |watched| {
+                watched.begin_anew(target, true);
+                completions = watched.completions(target);
+            });
+            drained = match begun {
+                Ok(more) => more,
+                Err(VolumeError::Refused { .. }) => {
+                    watched.begin_anew(target, false);
+                    BlockSet::full(watched.geometry().block_count())
+                }
+                Err(error) => return Err(error),
+            };
+        }
+        Ok((completions, drained))
+    }
+
     /// Swaps and drains inside a freeze, in which `inside` is called.
     ///
     /// Errors: `Refused`: it cannot be made to stand still, or did not until the end.
     fn swap(
         &self,
         watched: &mut Watched,
+        target: &Target,
         longest: &mut Duration,
         inside: &mut dyn FnMut(&mut Watched),
     ) -> Result<BlockSet, VolumeError> {
@@ -554,13 +601,18 @@ impl Still<'_> {
         quiet.sync();
         let standing = quiet.begin(watched, self.limit)?;
         let dirty = watched.drain();
-        inside(watched);
+        let landed = has_landed(target);
+        if landed {
+            inside(watched);
+        }
         let (time, whole) = standing.end(watched);
         *longest = (*longest).max(time);
-        if whole {
-            return Ok(dirty);
-        }
-        let message = format!("{} was thawed by somebody else", options.device.display());
+        let why = match (landed, whole) {
+            (true, true) => return Ok(dirty),
+            (false, _) => "is written past its file system",
+            (true, false) => "was thawed by somebody else",
+        };
+        let message = format!("{} {why}", options.device.display());
         Err(refused(Refusal::Busy, message))
     }
 }

@@ -36,8 +36,11 @@ const QUIET_PAUSE: Duration = Duration::from_micros(200);
 /// Samples, at most, and the time between two, in the hope of a quiet moment of a device that is in use.
 const HOPE_TRIES: u32 = 40;
 const HOPE_PAUSE: Duration = Duration::from_millis(2);
-/// Samples for a base.
-const BASE_TRIES: u32 = 20;
+/// Readings of both counts, at most, for a base or for what lies between them.
+const READINGS: u32 = 20;
+const READINGS_FOR_BASE: u32 = 400;
+/// Looks, at most, and the time between two, until no write is seen under way.
+const LANDING_TRIES: u32 = 100;
 
 impl Watched {
     /// Begins to believe, at the attach. `quiet`: the fence is ours.
@@ -197,23 +200,25 @@ impl Watched {
         Some((before, false))
     }
 
-    /// A first sample whose base is at least what the kernel had counted before us: ours is read first, the kernel's after.
+    /// A first sample of a device that is in use. Its base is that of completions, as exact as it can be had: never too small (ours is
+    /// read first), and nearly always to the sector (until the two orders of reading agree). What was under way at the attach is in
+    /// no count of what is queued: that one proves nothing, its base is none.
     fn with_large_base(&self, target: &Target) -> Option<Vector> {
-        let mut bases: Option<(Sectors, Sectors)> = None;
-        for _ in 0..BASE_TRIES {
-            let counted = self.counters.read().ok()?;
-            let kernel = kernel_count(target)?;
-            let done = kernel.beyond(done(target, &counted));
-            let queued = kernel.beyond(counted.queued);
-            let (base, queued_base) = bases.get_or_insert((done, queued));
-            *base = base.most(done);
-            *queued_base = queued_base.most(queued);
+        let (mut least, mut most) = (Sectors::default(), None);
+        for _ in 0..READINGS_FOR_BASE {
+            let before = kernel_count(target)?;
+            let done = done(target, &self.counters.read().ok()?);
+            let high: &mut Sectors = most.get_or_insert(before);
+            least = least.most(before.beyond(done));
+            *high = high.least(kernel_count(target)?.beyond(done));
+            if *high == least {
+                break;
+            }
         }
-        let (base, queued_base) = bases?;
         let mut first = self.sample(target)?;
         // What was counted between is ours and not yet the kernel's.
-        first.base = base.least(first.kernel);
-        first.queued_base = queued_base.least(first.kernel);
+        first.base = most?.least(first.kernel);
+        first.queued_base = Sectors::default();
         Some(first)
     }
 
@@ -225,7 +230,7 @@ impl Watched {
             skipped,
             ahead: [i128::MAX; 2],
         };
-        for _ in 0..BASE_TRIES {
+        for _ in 0..READINGS {
             let kernel = kernel_count(target)?;
             let done = done(target, &self.counters.read().ok()?);
             let [written, discarded] = &mut found.ahead;
@@ -235,6 +240,29 @@ impl Watched {
         }
         Some(found)
     }
+}
+
+/// Waits a moment for the writes that were queued before to be done; false: some are still under way, or nobody can tell.
+///
+/// Called after a swap: what it closed has landed when this is true, whoever writes meanwhile.
+pub(crate) fn has_landed(target: &Target) -> bool {
+    let mut seen = 0;
+    for _ in 0..LANDING_TRIES {
+        let under_way = BlockDevice::at(&target.path).and_then(|d| d.writes_under_way());
+        // The kernel adds up its processors' counts one after the other: twice, so that no sum is by chance.
+        seen = if under_way.is_ok_and(|n| n == 0) {
+            seen + 1
+        } else {
+            0
+        };
+        if seen == 2 {
+            return true;
+        }
+        if seen == 0 {
+            drop(pause(QUIET_PAUSE));
+        }
+    }
+    false
 }
 
 /// How many sectors more we have seen complete than the kernel has counted, and the runs that it skipped at completions.

@@ -4,11 +4,13 @@
 //! |---|---|---|
 //! | a file system is mounted from it | freezing it (each, for a disk with several) | `frozen` |
 //! | nobody uses it | the fence, for that moment | `unmounted` |
-//! | a program writes it directly | nothing | `none`: parts of it are of different moments |
+//! | a program writes it directly, or has it open so that it can | nothing | `none`: parts of it are of different moments |
+//!
+//! The fence keeps mounts and other exclusive users away, and neither keeps away who has opened the node (or another partition of a
+//! disk that is partly mounted) plainly. So whoever closes a generation also sees for himself that no write is under way.
 //!
 //! **Invariant**: while it stands still nothing of ours writes to a file system, logs, or opens a file.
 
-use blktide_engine::evidence::Occasion;
 use blktide_format::manifest::Consistency;
 use blktide_sys::blockdev::{BlockDevice, thaw};
 use blktide_sys::clock::SystemClock;
@@ -21,7 +23,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use crate::attach::fence;
-use crate::guard::{Frozen, Guard};
+use crate::guard::{Frozen, Guard, GuardError, LIMIT_MAX};
 use crate::tracker::{Watched, io_at};
 use blktide_sys::spawn::Program;
 
@@ -39,16 +41,28 @@ pub(crate) enum Quiet {
     Impossible,
 }
 
-/// Thaws what a control side has left frozen that was killed together with its guards. What is not frozen stays as it is.
-pub(crate) fn thaw_left_over(options: &VolumeOptions) {
+fn has_no_writers(options: &VolumeOptions) -> Result<bool, VolumeError> {
+    let path = &options.device;
+    let device = BlockDevice::at(path).map_err(io_at("look at", path))?;
+    Ok(device.writers().is_empty())
+}
+
+/// How long after its begin a freeze of ours, whose control side and guards were killed, may yet come to be.
+pub(crate) const LEFT_OVER: Duration =
+    Duration::from_secs(PATIENCE.as_secs() + LIMIT_MAX.as_secs());
+
+/// Thaws what a control side has left frozen that was killed together with its guards. What is not frozen stays as it is. Returns
+/// whether something was thawed.
+pub(crate) fn thaw_left_over(options: &VolumeOptions) -> bool {
+    let mut thawed = false;
     let device = BlockDevice::at(&options.device);
     let mounts = device.and_then(|d| d.mounts_anywhere()).unwrap_or_default();
     for mount in mounts {
         if let Ok(folder) = mount.open() {
-            // It was not frozen, or it is thawed now; there is nobody to tell.
-            drop(thaw(&folder));
+            thawed |= thaw(&folder).is_ok();
         }
     }
+    thawed
 }
 
 /// A file system that can be frozen.
@@ -68,9 +82,11 @@ impl Quiet {
             .mounts_anywhere()
             .map_err(io_at("find the mounts of", path))?;
         if mounts.is_empty() {
-            return Ok(match fence(options)? {
-                Some(_taken) => Self::Fence,
-                None => Self::Impossible,
+            let fenced = fence(options)?;
+            return Ok(if fenced.is_some() && device.writers().is_empty() {
+                Self::Fence
+            } else {
+                Self::Impossible
             });
         }
         let mut systems: Vec<(DeviceNumber, Mounted)> = Vec::new();
@@ -119,33 +135,44 @@ impl Quiet {
             // Said before, so that whoever comes after us and our guards knows.
             watched.note_freeze(SystemClock.now().0.max(1));
         }
-        let begun = self.stand_still(&watched.options, limit);
-        begun.inspect_err(|_| watched.note_freeze(0))
+        self.stand_still(watched, limit)
     }
 
     fn stand_still(
         &mut self,
-        options: &VolumeOptions,
+        watched: &Watched,
         limit: Duration,
     ) -> Result<Standing<'_>, VolumeError> {
+        let options = &watched.options;
         let path = &options.device;
         match self {
             Self::Freeze(systems) => {
                 let mut frozen = Vec::with_capacity(systems.len());
                 for mounted in systems {
-                    let one = mounted.guard.freeze(limit, PATIENCE);
-                    frozen.push(one.map_err(io_at("freeze", path))?);
+                    match mounted.guard.freeze(limit, PATIENCE) {
+                        Ok(one) => frozen.push(one),
+                        Err(error) => {
+                            // What is still at it may freeze yet: who comes after us is to know.
+                            if !matches!(
+                                error,
+                                GuardError::Slow { .. } | GuardError::StillFrozen(_)
+                            ) {
+                                watched.note_freeze(0);
+                            }
+                            return Err(io_at("freeze", path)(error));
+                        }
+                    }
                 }
                 Ok(Standing::Frozen(frozen))
             }
             Self::Fence => match fence(options)? {
-                Some(fence) => {
+                Some(fence) if has_no_writers(options)? => {
                     // What was written to the node and lies in its page cache belongs to this moment.
                     drop(fs::sync_data(&**fence.file()));
                     Ok(Standing::Fenced(fence))
                 }
                 // Somebody has come meanwhile.
-                None => Err(crate::tracker::refused(
+                Some(_) | None => Err(crate::tracker::refused(
                     blktide_volume::error::Refusal::Busy,
                     format!("{} was taken into use during the backup", path.display()),
                 )),
@@ -205,16 +232,7 @@ impl Standing<'_> {
         }
     }
 
-    /// What a sample of this moment is.
-    pub(crate) const fn occasion(&self) -> Occasion {
-        if self.is_quiet() {
-            Occasion::Still
-        } else {
-            Occasion::Closing
-        }
-    }
-
-    /// Whether nobody can be writing.
+    /// Whether those who write by a file system, or exclusively, are kept from it.
     pub(crate) const fn is_quiet(&self) -> bool {
         !matches!(self, Self::Moving)
     }

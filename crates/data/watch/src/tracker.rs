@@ -30,7 +30,7 @@ use crate::counters::Counters;
 use crate::marks::Marks;
 use crate::memory::PinnedMemory;
 use crate::pins::{Pins, failed};
-use crate::quiet::thaw_left_over;
+use crate::quiet::{LEFT_OVER, thaw_left_over};
 
 /// How often a lock that is taken is tried again.
 const LOOK: Duration = Duration::from_millis(5);
@@ -103,9 +103,13 @@ impl Watched {
         watched.lock = Some(lock);
         let fresh = (watched.fresh(), SystemClock.wall());
         watched.control.adopt(fresh);
-        if watched.marks.word(watch::FROZEN_SINCE) != 0 {
-            thaw_left_over(options);
-            watched.note_freeze(0);
+        let since = watched.marks.word(watch::FROZEN_SINCE);
+        if since != 0 {
+            let age = Duration::from_nanos(SystemClock.now().0.saturating_sub(since));
+            // A freeze that is not complete cannot be thawed yet: then it is tried at the next opening as well.
+            if thaw_left_over(options) || age > LEFT_OVER {
+                watched.note_freeze(0);
+            }
         }
         // What a predecessor had closed and not taken; before the first swap (P14).
         watched.take_closed(&mut |_| {});
@@ -173,6 +177,14 @@ impl Watched {
             blocks.insert(block);
         });
         blocks
+    }
+
+    /// What was marked since the tracker's open generation began, and is not in the kernel's live bitmap only; everything, if that is
+    /// not known.
+    pub(crate) fn in_open_generation(&self) -> BlockSet {
+        let open = self.control.generations().last().map(|g| g.name);
+        let known = open.and_then(|name| self.control.changed_since(name).ok());
+        known.unwrap_or_else(|| BlockSet::full(self.geometry().block_count()))
     }
 
     fn take_closed(&self, each: &mut dyn FnMut(BlockIndex)) {
