@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::compare::blocks_that_differ;
-use crate::instance::Instance;
+use crate::instance::{Instance, binary};
 use crate::run::Tool;
 
 /// How long a volume's lock is waited for.
@@ -94,6 +94,8 @@ impl Tracked {
 
     /// As after a full image whose instant opened the generation that is open now: believed from there on.
     pub fn believe(&self) -> Result<()> {
+        // Evidence that was begun while writers go on is begun anew, where nothing is under way.
+        drop(self.begin(None)?);
         let mut watched = self.open()?;
         let open = watched.status().generation;
         ensure!(watched.trust(open.0), "its open generation is unknown");
@@ -101,16 +103,20 @@ impl Tracked {
         Ok(())
     }
 
-    /// Begins a backup on top of the image whose instant opened `base`, as far as asking what it would copy. It must not go on to
-    /// its instant: it has no thaw guard.
+    /// Begins a backup on top of the image whose instant opened `base`, as far as asking what it would copy.
     pub fn begin(&self, base: Option<GenerationName>) -> Result<Ahead> {
         let request = AheadRequest {
             base,
             absent: None,
             limits: FreezeLimits::default(),
-            guard: Arc::new(Program::copy_of(Path::new("/bin/true"))?),
+            guard: Arc::new(Program::copy_of(&binary("blktided")?)?),
         };
         Ok(Ahead::begin(&self.options, &request, PATIENCE)?)
+    }
+
+    /// Leaves it attached, as a process does that is killed.
+    pub fn leave(mut self) {
+        self.over = true;
     }
 
     /// Bytes of a block.

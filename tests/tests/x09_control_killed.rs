@@ -9,7 +9,6 @@ use blktide_tests::{
     Figures, FileSystem, Fio, Instance, LoopDevice, Mounted, Seed, Tracked, Truth, count, figure,
     make_file, pass, wait_until, write_block,
 };
-use blktide_types::id::GenerationName;
 use blktide_volume::VolumeOptions;
 use blktide_watch::{InUse, Watched, attach, detach};
 use std::collections::BTreeSet;

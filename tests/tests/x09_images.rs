@@ -202,7 +202,7 @@ fn end(load: &Running) -> Result<()> {
 fn check(system: FileSystem, image: &Path, scratch: &Path) -> Result<()> {
     match system {
         FileSystem::Ext4 => system.check(image),
-        _ => system.replay_and_check(image, scratch),
+        FileSystem::Xfs | FileSystem::Btrfs => system.replay_and_check(image, scratch),
     }
 }
 

@@ -69,7 +69,7 @@ impl Place {
 fn a_mounted_file_system_is_added_after_a_yes_and_told_as_it_is() -> Result<()> {
     let mut place = Place::new("x09add")?;
     let (at, device) = (place.at().display().to_string(), place.device());
-    let plan = place.instance.ctl_ok(&[
+    let dry = [
         "volume",
         "add",
         "data",
@@ -78,7 +78,8 @@ fn a_mounted_file_system_is_added_after_a_yes_and_told_as_it_is() -> Result<()> 
         "--mode",
         "auto",
         "--dry-run",
-    ])?;
+    ];
+    let plan = place.instance.ctl_ok(&dry)?;
     for words in [
         "mode    watch",
         "node    as before",
@@ -258,18 +259,19 @@ fn what_doctor_says_can_be_typed() -> Result<()> {
         "{command}"
     );
     let state = place.at().join("state").display().to_string();
+    let other = [
+        "volume",
+        "add",
+        "other",
+        "--device",
+        &device,
+        "--mode",
+        "auto",
+        "--dry-run",
+    ];
     let on_itself = place
         .instance
-        .ctl_tool(&[
-            "volume",
-            "add",
-            "other",
-            "--device",
-            &device,
-            "--mode",
-            "auto",
-            "--dry-run",
-        ])?
+        .ctl_tool(&other)?
         .env("BLKTIDE_STATE_DIR", &state)
         .run()?;
     ensure!(on_itself.code != Some(0), "{on_itself:?}");
@@ -287,16 +289,7 @@ fn what_doctor_says_can_be_typed() -> Result<()> {
         .ctl_ok(&["volume", "remove", "mnt", "--yes"])?;
     let on_itself = place
         .instance
-        .ctl_tool(&[
-            "volume",
-            "add",
-            "other",
-            "--device",
-            &device,
-            "--mode",
-            "auto",
-            "--dry-run",
-        ])?
+        .ctl_tool(&other)?
         .env("BLKTIDE_STATE_DIR", &state)
         .run()?;
     ensure!(

@@ -22,7 +22,7 @@ const FINE: (u32, u32) = (4096, 4096);
 struct Disk {
     instance: Instance,
     file: PathBuf,
-    disk: LoopDevice,
+    node: LoopDevice,
 }
 
 impl Disk {
@@ -30,27 +30,27 @@ impl Disk {
         let instance = Instance::new(name)?;
         let file = instance.join("disk");
         make_file(&file, 64 * MIB)?;
-        let disk = LoopDevice::new(&file, 512)?;
+        let node = LoopDevice::new(&file, 512)?;
         Ok(Self {
             instance,
             file,
-            disk,
+            node,
         })
     }
 
     fn with_ext4(name: &str) -> Result<Self> {
         let this = Self::new(name)?;
-        FileSystem::Ext4.make(this.disk.path())?;
+        FileSystem::Ext4.make(this.node.path())?;
         Ok(this)
     }
 
     fn tracked(&self) -> Tracked {
-        Tracked::new(&self.instance, "data", self.disk.path(), FINE)
+        Tracked::new(&self.instance, "data", self.node.path(), FINE)
     }
 
     /// Attached and believed.
     fn believed(&self) -> Result<Tracked> {
-        let tracked = Tracked::attached(&self.instance, "data", self.disk.path(), FINE)?;
+        let tracked = Tracked::attached(&self.instance, "data", self.node.path(), FINE)?;
         tracked.believe()?;
         no_doubt(&tracked)?;
         Ok(tracked)
@@ -58,7 +58,7 @@ impl Disk {
 
     /// Mounts it, writes, unmounts.
     fn touch(&self, text: &str) -> Result<()> {
-        let mounted = Mounted::new(self.disk.path(), &self.instance.join("mnt"), &[])?;
+        let mounted = Mounted::new(self.node.path(), &self.instance.join("mnt"), &[])?;
         put(&mounted.join(text), text)?;
         mounted.unmount()
     }
@@ -104,8 +104,8 @@ fn reason(tracked: &Tracked) -> Result<Option<String>> {
 #[test]
 fn a_device_on_a_file_of_the_volume_is_seen() -> Result<()> {
     let disk = Disk::with_ext4("x09stacked")?;
-    let mounted = Mounted::new(disk.disk.path(), &disk.instance.join("mnt"), &[])?;
-    let tracked = Tracked::attached(&disk.instance, "data", disk.disk.path(), FINE)?;
+    let mounted = Mounted::new(disk.node.path(), &disk.instance.join("mnt"), &[])?;
+    let tracked = Tracked::attached(&disk.instance, "data", disk.node.path(), FINE)?;
     tracked.believe()?;
     make_file(&mounted.join("inner"), 32 * MIB)?;
     mounted.sync()?;
@@ -175,15 +175,15 @@ fn the_file_below_a_loop_device_by_another_name() -> Result<()> {
 #[test]
 fn the_device_below_a_loop_device() -> Result<()> {
     let disk = Disk::new("x09below")?;
-    let upper = LoopDevice::new(disk.disk.path(), 512)?;
+    let upper = LoopDevice::new(disk.node.path(), 512)?;
     let tracked = Tracked::new(&disk.instance, "upper", upper.path(), FINE);
-    let writer = OpenOptions::new().write(true).open(disk.disk.path())?;
+    let writer = OpenOptions::new().write(true).open(disk.node.path())?;
     refused(&tracked, "file-open")?;
     drop(writer);
     ensure!(tracked.attach()? == Attached::Now);
     tracked.believe()?;
     no_doubt(&tracked)?;
-    let _writer = OpenOptions::new().write(true).open(disk.disk.path())?;
+    let _writer = OpenOptions::new().write(true).open(disk.node.path())?;
     found_out(&tracked, "foreign-write", "is open for writing")
 }
 
@@ -199,25 +199,25 @@ fn statistics(device: &Path, on: u8) -> Result<()> {
 fn a_disk_without_statistics() -> Result<()> {
     let disk = Disk::new("x09stats")?;
     let tracked = disk.tracked();
-    statistics(disk.disk.path(), 0)?;
+    statistics(disk.node.path(), 0)?;
     let first = refused(&tracked, "statistics-off");
-    statistics(disk.disk.path(), 1)?;
+    statistics(disk.node.path(), 1)?;
     first?;
     ensure!(tracked.attach()? == Attached::Now);
     tracked.believe()?;
     no_doubt(&tracked)?;
-    statistics(disk.disk.path(), 0)?;
+    statistics(disk.node.path(), 0)?;
     let second = found_out(&tracked, "tracking-interrupted", "[statistics-off");
-    statistics(disk.disk.path(), 1)?;
+    statistics(disk.node.path(), 1)?;
     second?;
     // Off for a while between two backups: what was written then is marked, and missing in the kernel's count.
     let tracked = {
         drop(tracked);
         disk.believed()?
     };
-    statistics(disk.disk.path(), 0)?;
-    let written = write_block(disk.disk.path(), 8 * 4096, &[5; 4096]);
-    statistics(disk.disk.path(), 1)?;
+    statistics(disk.node.path(), 0)?;
+    let written = write_block(disk.node.path(), 8 * 4096, &[5; 4096]);
+    statistics(disk.node.path(), 1)?;
     written?;
     let marked = tracked.drain()?;
     ensure!(marked.contains(&8), "not marked: {marked:?}");
@@ -239,7 +239,7 @@ fn a_program_taken_out_of_the_kernel() -> Result<()> {
         let disk = Disk::new("x09unlinked")?;
         let tracked = disk.believed()?;
         fs::remove_file(pins(&tracked)?.join(name))?;
-        write_block(disk.disk.path(), 0, &[1; 4096])?;
+        write_block(disk.node.path(), 0, &[1; 4096])?;
         found_out(&tracked, "tracking-interrupted", "[links-gone").context(name)?;
         // A full backup would not make it good: the programs do not run.
         tracked.believe()?;
@@ -250,7 +250,7 @@ fn a_program_taken_out_of_the_kernel() -> Result<()> {
             "{name}: said to be whole"
         );
         ensure!(reason(&tracked)?.is_some(), "{name}: believed again");
-        write_block(disk.disk.path(), 4096, &[1; 4096])?;
+        write_block(disk.node.path(), 4096, &[1; 4096])?;
         ensure!(tracked.drain()?.contains(&1), "{name}: not mended");
     }
     Ok(())
@@ -275,7 +275,7 @@ fn all_pins_gone() -> Result<()> {
         ),
         "attached without pins"
     );
-    write_block(disk.disk.path(), 0, &[1; 4096])?;
+    write_block(disk.node.path(), 0, &[1; 4096])?;
     ensure!(tracked.attach()? == Attached::Now);
     let reason = reason(&tracked)?;
     ensure!(
@@ -296,7 +296,7 @@ fn another_size() -> Result<()> {
         .set_len(80 * MIB)?;
     Tool::new("losetup")
         .arg("--set-capacity")
-        .arg(disk.disk.path())
+        .arg(disk.node.path())
         .run()?
         .ok()?;
     found_out(&tracked, "resized", "[device-resized")?;
@@ -306,7 +306,7 @@ fn another_size() -> Result<()> {
         "believed after a change of size"
     );
     ensure!(tracked.status()?.volume_bytes == 80 * MIB);
-    write_block(disk.disk.path(), 80 * MIB - 4096, &[1; 4096])?;
+    write_block(disk.node.path(), 80 * MIB - 4096, &[1; 4096])?;
     let last = 80 * MIB / 4096 - 1;
     ensure!(
         tracked.drain()?.contains(&last),
@@ -323,7 +323,7 @@ fn another_disk_with_the_same_number() -> Result<()> {
     let other = disk.instance.join("other");
     make_file(&other, 64 * MIB)?;
     write_block(&other, 4096, &[7; 4096])?;
-    let node = disk.disk.path().display().to_string();
+    let node = disk.node.path().display().to_string();
     shell(&format!(
         "losetup --detach {node}; losetup --direct-io=on {node} {}",
         other.display()
@@ -331,7 +331,7 @@ fn another_disk_with_the_same_number() -> Result<()> {
     found_out(&tracked, "device-changed", "[device-moved")?;
     // The new one is watched by then: believed again after a full backup.
     tracked.believe()?;
-    write_block(disk.disk.path(), 3 * 4096, &[8; 4096])?;
+    write_block(disk.node.path(), 3 * 4096, &[8; 4096])?;
     no_doubt(&tracked)?;
     let bytes = tracked.status()?.changed_bytes;
     ensure!(bytes == 4096, "{bytes} bytes marked on the new disk");
@@ -376,7 +376,7 @@ fn the_bitmap_over_a_stop() -> Result<()> {
     );
     tracked.believe()?;
     ensure!(tracked.detach(InUse::Refuse)? == Detached::Stored);
-    let mounted = Mounted::new(disk.disk.path(), &disk.instance.join("mnt"), &[])?;
+    let mounted = Mounted::new(disk.node.path(), &disk.instance.join("mnt"), &[])?;
     ensure!(tracked.attach()? == Attached::Now);
     ensure!(
         reason(&tracked)?
@@ -394,11 +394,11 @@ fn the_bitmap_over_a_stop() -> Result<()> {
 fn a_raw_volume_over_a_stop() -> Result<()> {
     let disk = Disk::new("x09raw")?;
     let tracked = disk.believed()?;
-    write_block(disk.disk.path(), 0, &[1; 4096])?;
+    write_block(disk.node.path(), 0, &[1; 4096])?;
     ensure!(tracked.detach(InUse::Refuse)? == Detached::Stored);
     shell(&format!(
         "dd if=/dev/urandom of={} bs=4k count=1 seek=9 oflag=direct conv=notrunc status=none",
-        disk.disk.path().display()
+        disk.node.path().display()
     ))?;
     ensure!(tracked.attach()? == Attached::Now);
     let reason = reason(&tracked)?;
@@ -422,7 +422,7 @@ fn twice() -> Result<()> {
         tracked.status()?.generation == name && reason(&tracked)?.is_none(),
         "attached anew"
     );
-    let mounted = Mounted::new(disk.disk.path(), &disk.instance.join("mnt"), &[])?;
+    let mounted = Mounted::new(disk.node.path(), &disk.instance.join("mnt"), &[])?;
     ensure!(tracked.attach()? == Attached::Before);
     let busy = tracked
         .detach(InUse::Refuse)

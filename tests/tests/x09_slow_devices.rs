@@ -135,7 +135,7 @@ fn writes_under_way_when_a_generation_ends() -> Result<()> {
     let group = Cgroup::throttled(&instance, lower.path(), 150)?;
     let tracked = Tracked::attached(&instance, "data", disk.path(), FINE)?;
     tracked.believe()?;
-    let before = Writes::of(disk.path())?;
+    let at_first = Writes::of(disk.path())?;
     let truth = Truth::of(&file, (0, 32 * MIB), instance.root());
     tracked.drain()?;
     let mut copies = Copies::of(disk.path(), 32 * MIB / BLOCK as u64)?;
@@ -157,20 +157,20 @@ fn writes_under_way_when_a_generation_ends() -> Result<()> {
         pass(Duration::from_micros(seed.below(100_000)));
     }
     let seconds = watch.seconds();
-    let last_but_one: BTreeSet<u64> = watched.drain().blocks().map(|b| b.0).collect();
-    copies.again(last_but_one)?;
+    let one_before: BTreeSet<u64> = watched.drain().blocks().map(|b| b.0).collect();
+    copies.again(one_before)?;
     writer.signal("INT")?;
     writer.finish()?;
-    let rest: BTreeSet<u64> = watched.drain().blocks().map(|b| b.0).collect();
+    let newest: BTreeSet<u64> = watched.drain().blocks().map(|b| b.0).collect();
     drop(watched);
     let stale = copies.stale(&truth.copy("after")?)?;
-    let missed: Vec<&u64> = stale.difference(&rest).collect();
+    let missed: Vec<&u64> = stale.difference(&newest).collect();
     // A copy made before a completion that went unseen may be stale. A backup finds that out; what is had here is the drains alone.
-    let unseen = Writes::of(disk.path())?
-        .since(&before)
+    let hidden = Writes::of(disk.path())?
+        .since(&at_first)
         .unseen(tracked.status()?.requests);
     ensure!(
-        missed.is_empty() || unseen > 0,
+        missed.is_empty() || hidden > 0,
         "early copies that nobody would have made again: {missed:?}"
     );
     no_doubt(&tracked)?;
@@ -185,7 +185,7 @@ fn writes_under_way_when_a_generation_ends() -> Result<()> {
     figure(&format!(
         "{rounds} generations in {seconds:.1} s on a slow device, {under_way} writes under way at their ends (at least {least}), \
          {drained} blocks drained: copies that were stale and would not have been made again: {}, stale at the last end: {}; completions \
-         that this kernel hid: {unseen}",
+         that this kernel hid: {hidden}",
         missed.len(),
         stale.len()
     ));

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The root of a running system: backup, change, incremental, restore; the restored disk boots, and holds what was there.
 # kernels: 6.1 6.12
-# modes: fuse watch
+# modes: watch
 # limit: 900 s
 #
 #   disks:  a system ── boots, is written to, backed up ──▶ repository ──▶ target: fsck, boots, digests, the writer's state

@@ -16,8 +16,11 @@ mount /dev/vdb /mnt
 instance /mnt
 size=$(blockdev --getsz /dev/vda)
 dmsetup create linear --table "0 $size linear /dev/vda 0"
+# Linux 6.1 does not count the sectors of dm devices unless it is told to, and mode watch refuses to be without a count.
+echo 1 > "/sys/class/block/$(basename "$(readlink -f /dev/mapper/linear)")/queue/iostats"
 one=$(chain linear /dev/mapper/linear /dev/vdc 5)
 dmsetup remove linear
 # Reads at once, writes after 40 ms.
 dmsetup create delay --table "0 $size delay /dev/vda 0 0 /dev/vda 0 40"
+echo 1 > "/sys/class/block/$(basename "$(readlink -f /dev/mapper/delay)")/queue/iostats"
 echo "figure: $one; $(chain delay /dev/mapper/delay /dev/vdc 10)"
