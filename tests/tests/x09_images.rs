@@ -269,7 +269,8 @@ fn freezes_under_random_writes() -> Result<()> {
         };
         for rate in [1, 10, 50, 100] {
             let lines = format!(
-                "exec fio --thread --name=w --directory=. --rw=randwrite --bs=4k --size=100m --direct=1 --ioengine=libaio --iodepth=8 --rate={rate}m --time_based --runtime=300 --minimal"
+                "exec fio --thread --name=w --directory=. --rw=randwrite --bs=4k --size=100m --direct=1 --ioengine=libaio --iodepth=8 \
+                 --rate={rate}m --time_based --runtime=300 --minimal"
             );
             let load = start(&lines, &place.mounted.join("load"))?;
             let mut times = Vec::new();

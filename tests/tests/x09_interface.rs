@@ -64,6 +64,14 @@ impl Place {
     }
 }
 
+/// What a plan for a mounted file system says.
+const PLAN: [&str; 4] = [
+    "mode    watch",
+    "node    as before",
+    "nothing changes in fstab",
+    "100 ms at most",
+];
+
 /// req X9, X8: nothing is done to a device in use before somebody said yes; then it is watched where it stands.
 #[test]
 fn a_mounted_file_system_is_added_after_a_yes_and_told_as_it_is() -> Result<()> {
@@ -80,12 +88,7 @@ fn a_mounted_file_system_is_added_after_a_yes_and_told_as_it_is() -> Result<()> 
         "--dry-run",
     ];
     let plan = place.instance.ctl_ok(&dry)?;
-    for words in [
-        "mode    watch",
-        "node    as before",
-        "nothing changes in fstab",
-        "100 ms at most",
-    ] {
+    for words in PLAN {
         ensure!(
             plan.finished.stdout.contains(words),
             "{words}: {}",

@@ -8,7 +8,7 @@ use crate::packages::{have, root};
 
 /// All words that a `needs` line may have.
 pub const WORDS: &[&str] = &[
-    "root", "loop", "fuse", "bpf", "ext4", "xfs", "btrfs", "fio", "memcg", "blkio", "zram",
+    "root", "loop", "fuse", "bpf", "ext4", "xfs", "btrfs", "fio", "memcg", "blkio", "zram", "git",
     "python3", "sqlite3", "systemd", "space",
 ];
 

@@ -25,6 +25,7 @@ mod native;
 mod pins;
 mod probe;
 mod quiet;
+mod still;
 mod target;
 mod tracker;
 

@@ -1,0 +1,96 @@
+//! Swaps that no write may straddle: inside a freeze, and seen to be so.
+//!
+//! **Invariant**: what such a swap has closed is on the device when it returns. What it has drained is in the tracker's open
+//! generation, whether it could be had or not.
+
+use blktide_sys::spawn::Program;
+use blktide_types::set::BlockSet;
+use blktide_volume::VolumeError;
+use blktide_volume::error::Refusal;
+use std::time::Duration;
+
+use crate::evidence::{Completions, has_landed};
+use crate::quiet::Quiet;
+use crate::target::Target;
+use crate::tracker::{Watched, refused};
+
+/// How a volume stands still for a swap that no write may straddle.
+pub(crate) struct Still<'a> {
+    pub(crate) guard: &'a Program,
+    pub(crate) limit: Duration,
+}
+
+impl Still<'_> {
+    /// The first swap of an image, and what is believed of the marks from then on; the completions seen so far, and what may have
+    /// been under way.
+    pub(crate) fn begin(
+        &self,
+        watched: &mut Watched,
+        target: &Target,
+        longest: &mut Duration,
+    ) -> Result<(Option<Completions>, BlockSet), VolumeError> {
+        let mut completions = watched.completions(target);
+        let swapped = if target.bio_based {
+            self.swap(watched, target, longest, &mut |_| {})?
+        } else {
+            watched.drain()
+        };
+        watched.look_at_evidence(target);
+        // What was under way at the begin was marked since the last instant, maybe taken by somebody before us.
+        let mut drained = watched.in_open_generation();
+        drained.union_with(&swapped);
+        if watched.distrusted().is_some() {
+            // Nothing says what is under way: a moment at which nothing is, and the evidence begins there.
+            let begun = self.swap(watched, target, longest, &mut |watched| {
+                watched.begin_anew(target, true);
+                completions = watched.completions(target);
+            });
+            drained = match begun {
+                Ok(more) => more,
+                Err(VolumeError::Refused { .. }) => {
+                    watched.begin_anew(target, false);
+                    BlockSet::full(watched.geometry().block_count())
+                }
+                Err(error) => return Err(error),
+            };
+        }
+        Ok((completions, drained))
+    }
+
+    /// Swaps and drains inside a freeze, in which `inside` is called.
+    ///
+    /// Errors: `Refused`: it cannot be made to stand still, or did not until the end.
+    pub(crate) fn swap(
+        &self,
+        watched: &mut Watched,
+        target: &Target,
+        longest: &mut Duration,
+        inside: &mut dyn FnMut(&mut Watched),
+    ) -> Result<BlockSet, VolumeError> {
+        let options = watched.options.clone();
+        let mut quiet = Quiet::of(&options, self.guard)?;
+        if matches!(quiet, Quiet::Impossible) {
+            let message = format!(
+                "{} is in use without a file system that could be frozen, and a moment is needed at which no write is under way",
+                options.device.display()
+            );
+            return Err(refused(Refusal::Unwatchable, message));
+        }
+        quiet.sync();
+        let standing = quiet.begin(watched, self.limit)?;
+        let dirty = watched.drain();
+        let landed = has_landed(target);
+        if landed {
+            inside(watched);
+        }
+        let (time, whole) = standing.end(watched);
+        *longest = (*longest).max(time);
+        let why = match (landed, whole) {
+            (true, true) => return Ok(dirty),
+            (false, _) => "is written past its file system",
+            (true, false) => "was thawed by somebody else",
+        };
+        let message = format!("{} {why}", options.device.display());
+        Err(refused(Refusal::Busy, message))
+    }
+}
