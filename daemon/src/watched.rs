@@ -181,6 +181,10 @@ impl SnapshotSource for WatchSource {
             limits: self.limits(),
         };
         let ahead = Ahead::begin(&self.options, &request, LIMIT).map_err(begin_error)?;
+        if let Some(why) = ahead.distrust() {
+            let (volume, reason, detail) = (&self.options.name, &why.reason, &why.detail);
+            tracing::info!(%volume, %reason, %detail, "marks are not believed, so everything is read");
+        }
         if let Some(native) = native {
             *lock(&self.begun) = Some((native, ahead));
             return Ok(None);

@@ -1,0 +1,65 @@
+#!/bin/sh
+# Ways past the marks that need a kind of device that is not everywhere: each is refused, or detected and named.
+# kernels: 6.12
+# modes: watch
+# limit: 300 s
+SELF=$(realpath "$0")
+. "$(dirname "$SELF")/lib.sh"
+
+if [ -z "${VMRUN:-}" ]; then
+    in_vm --modules fuse,loop,dm-mod --disk 64M,bus=scsi --disk 64M --disk 256M
+    exit
+fi
+
+told=""
+# named VOLUME CHECK: the next backup reads everything, and says that it was this check.
+named() {
+    : >"$LOG.before"
+    wc -l <"$LOG" >"$LOG.before"
+    backup "$1" full
+    tail -n +$(($(cat "$LOG.before") + 1)) "$LOG" | grep -q "\[$2" || fail "$2 is not named"
+    backup "$1" incremental
+    told="$told, $2"
+}
+
+# A command of our own to a SCSI disk, past the block layer: SG_IO with TEST UNIT READY, which moves no data.
+sg_io() {
+    python3 - "$1" <<'END'
+import ctypes, fcntl, os, struct, sys
+command = ctypes.create_string_buffer(bytes(6))
+sense = ctypes.create_string_buffer(32)
+# struct sg_io_hdr: 'S', no data, 6 bytes of command, 32 of sense.
+header = struct.pack("@iiBBHIPPPIIiPBBBBHHiII", ord("S"), -1, 6, 32, 0, 0, 0, ctypes.addressof(command),
+                     ctypes.addressof(sense), 20000, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+fcntl.ioctl(os.open(sys.argv[1], os.O_RDWR), 0x2285, header)
+END
+}
+
+mkfs.ext4 -q /dev/vdb
+mount /dev/vdb /mnt
+instance /mnt
+for disk in sda vda; do
+    mkfs.ext4 -q -F "/dev/$disk"
+    blktidectl volume add "$disk" --device "/dev/$disk" --mode watch --yes --quiet
+    backup "$disk" full
+    backup "$disk" incremental
+done
+
+sg_io /dev/sda
+named sda passthrough
+
+# A virtio disk is asked for its serial number by a command of that kind whenever somebody reads it, and takes none from anybody.
+cat /sys/block/vda/serial >/dev/null
+backup vda incremental
+
+dmsetup create top --table "0 $(blockdev --getsz /dev/sda) linear /dev/sda 0"
+blktidectl detach vda --yes --quiet
+dmsetup create other --table "0 $(blockdev --getsz /dev/vda) linear /dev/vda 0"
+if blktidectl attach vda >/run/said 2>&1; then fail "attached below a dm device"; fi
+grep -q "\[holders\]" /run/said || fail "holders are not named: $(cat /run/said)"
+dmsetup remove other
+said=$(blktidectl backup sda --json) || true
+grep -q "\[stacked" "$LOG" || fail "what is stacked is not named: $said"
+[ "$(value kind)" != incremental ] || fail "believed below a dm device: $said"
+dmsetup remove top
+echo "figure: named: ${told#, }, stacked, holders; a virtio disk's serial number is no reason"
