@@ -4,8 +4,9 @@
 //!  a loop device on tmpfs · on the disk:  fio alone │ fio marked │ fio marked │ fio alone …     7 of each, depth 1 and 32
 //!  ext4, mounted, watched:                fio alone │ fio beside a full backup │ …              3 of each
 //! ```
-//! Both of a pair run one after the other, and who is first alternates, so that their ratio means something on a busy machine.
-//! `BLKTIDE_BENCH_SECONDS` (3) is the length of one run of fio. Needs root, fio, loop devices and a kernel that mode watch runs on;
+//! Both of a pair run in slices of a second, in turn, and who is first alternates, so that their ratio means something on a busy
+//! machine; the best slice of each is told as well, as the one that was disturbed least. `BLKTIDE_BENCH_SECONDS` (3) is the length of
+//! one run, `BLKTIDE_BENCH_PART` (marker, backup) chooses. Needs root, fio, loop devices and a kernel that mode watch runs on;
 //! what is lacking is said, and is no failure. The second part needs the programs: `cargo xtask bench` builds them.
 #![forbid(unsafe_code)]
 #![expect(
@@ -17,7 +18,7 @@
 use anyhow::{Context, Result, ensure};
 use blktide_sys::bpf;
 use blktide_tests::{
-    FileSystem, Fio, FioRun, Instance, LoopDevice, Mounted, fill_file, make_file, put,
+    FileSystem, Fio, FioRun, Instance, LoopDevice, Mounted, fill_file, make_file, put, text_of,
 };
 use blktide_volume::VolumeOptions;
 use blktide_watch::{InUse, Pins, attach, detach};
@@ -26,9 +27,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Runs of each kind; the middle one counts.
-const ROUNDS: usize = 7;
+const ROUNDS: u64 = 7;
 /// Pairs of fio alone and fio beside a backup.
-const BACKUPS: usize = 3;
+const BACKUPS: u64 = 3;
 /// Bytes of a device that is written.
 const DEVICE_BYTES: u64 = 512 << 20;
 /// Bytes of the volume that is backed up.
@@ -52,6 +53,29 @@ fn main() -> Result<()> {
         println!("not run: {why}");
         return Ok(());
     }
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    println!(
+        "{} processors; {} processes want one, beside this bench: more than a few make all figures noise",
+        std::thread::available_parallelism()?,
+        load.split(' ').next().unwrap_or_default()
+    );
+    let part = std::env::var("BLKTIDE_BENCH_PART").unwrap_or_default();
+    if part != "backup" {
+        the_marker()?;
+    }
+    if part == "marker" {
+        return Ok(());
+    }
+    match blktide_tests::binary("blktided") {
+        Ok(_) => beside_a_backup(),
+        Err(error) => {
+            println!("not run: fio beside a backup: {error:#}");
+            Ok(())
+        }
+    }
+}
+
+fn the_marker() -> Result<()> {
     let instance = Instance::new("watch-cost")?;
     for (what, folder) in [("tmpfs", "/dev/shm"), ("the disk", "/var/tmp")] {
         match Device::new(Path::new(folder)) {
@@ -67,14 +91,7 @@ fn main() -> Result<()> {
             Err(error) => println!("not run: a loop device on {what}: {error:#}"),
         }
     }
-    drop(instance);
-    match blktide_tests::binary("blktided") {
-        Ok(_) => beside_a_backup(),
-        Err(error) => {
-            println!("not run: fio beside a backup: {error:#}");
-            Ok(())
-        }
-    }
+    Ok(())
 }
 
 fn lacking() -> Option<String> {
@@ -182,27 +199,60 @@ fn median(values: &[f64]) -> f64 {
 /// fio with and without the marker, in turn.
 fn marked_and_not(instance: &Instance, device: &Device, depth: u32) -> Result<()> {
     let target = device.device.path();
-    let (mut without, mut with) = (Vec::new(), Vec::new());
+    let (mut without, mut with) = (Runs::default(), Runs::default());
     for round in 0..ROUNDS {
-        for marked in [round % 2 == 1, round % 2 == 0] {
-            let marker = marked.then(|| Marked::new(instance, target)).transpose()?;
-            let run = write(target, depth, seconds(), &[]).run()?;
-            drop(marker);
-            if marked { &mut with } else { &mut without }.push(iops(&run)?);
+        for slice in 0..seconds() {
+            let first = (round + slice) % 2 == 1;
+            for marked in [first, !first] {
+                let marker = marked.then(|| Marked::new(instance, target)).transpose()?;
+                let run = write(target, depth, 1, &[]).run()?;
+                drop(marker);
+                if marked { &mut with } else { &mut without }.add(iops(&run)?);
+            }
         }
+        with.end_round();
+        without.end_round();
     }
-    let pairs: Vec<f64> = with.iter().zip(&without).map(|(a, b)| a / b).collect();
-    let (with, without) = (median(&with), median(&without));
-    let ratio = with / without;
+    let (a, b) = (median(&with.rounds), median(&without.rounds));
+    let pairs = with.rounds.iter().zip(&without.rounds);
+    let pairs: Vec<f64> = pairs.map(|(a, b)| a / b).collect();
     let worst = pairs.iter().copied().fold(f64::INFINITY, f64::min);
     let best = pairs.iter().copied().fold(0.0, f64::max);
-    let cost = 1e9 / with - 1e9 / without;
     println!(
-        "  depth {depth:2}: {without:7.0} IOPS without, {with:7.0} with: ratio {ratio:.3} (pairs: median {:.3}, {worst:.3} to {best:.3}); {cost:.0} ns a write",
+        "  depth {depth:2}: {b:7.0} IOPS without, {a:7.0} with: ratio {:.3} (pairs: median {:.3}, {worst:.3} to {best:.3})",
+        a / b,
         median(&pairs)
     );
-    println!("            {}", verdict(without, ratio));
+    println!(
+        "            best slice {:.0} without, {:.0} with: ratio {:.3}; {}",
+        without.best,
+        with.best,
+        with.best / without.best,
+        verdict(b, a / b)
+    );
     Ok(())
+}
+
+/// IOPS of one kind.
+#[derive(Default)]
+struct Runs {
+    /// Of each round the mean of its slices.
+    rounds: Vec<f64>,
+    slices: Vec<f64>,
+    best: f64,
+}
+
+impl Runs {
+    fn add(&mut self, iops: f64) {
+        self.slices.push(iops);
+        self.best = self.best.max(iops);
+    }
+
+    fn end_round(&mut self) {
+        let slices = std::mem::take(&mut self.slices);
+        self.rounds
+            .push(slices.iter().sum::<f64>() / slices.len().max(1) as f64);
+    }
 }
 
 fn verdict(iops: f64, ratio: f64) -> String {
@@ -316,6 +366,7 @@ fn beside_a_backup() -> Result<()> {
 fn alone_and_beside(instance: &Instance, target: &Path, what: &str, more: &[&str]) -> Result<()> {
     let (mut alone, mut beside) = (Series::default(), Series::default());
     let (mut backups, mut ended, mut frozen) = (0_u32, 0_u32, 0.0_f64);
+    let mut why = String::new();
     // A backup takes longer than a plain run.
     let length = seconds() * 3;
     for _ in 0..BACKUPS {
@@ -325,6 +376,7 @@ fn alone_and_beside(instance: &Instance, target: &Path, what: &str, more: &[&str
             let reply = instance.ctl(&["backup", "data", "--full", "--json"])?;
             if !matches!(reply.finished.code, Some(0 | 3)) {
                 ended += 1;
+                text_of(&reply.json()?, "/message")?.clone_into(&mut why);
                 continue;
             }
             let summary = reply.json()?;
@@ -343,7 +395,7 @@ fn alone_and_beside(instance: &Instance, target: &Path, what: &str, more: &[&str
         beside.longest * 1e3
     );
     println!(
-        "    {backups} backups, longest freeze {:.0} ms; {ended} given up",
+        "    {backups} backups, longest freeze {:.0} ms; {ended} given up {why}",
         frozen * 1e3
     );
     Ok(())
