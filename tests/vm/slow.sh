@@ -1,6 +1,6 @@
 #!/bin/sh
 # Devices without completion events, and slow ones: dm-linear, and dm-delay with generations that change while writes are in flight.
-# kernels: 6.1 6.12
+# kernels: 6.1
 # modes: watch
 # limit: 600 s
 SELF=$(realpath "$0")
