@@ -88,7 +88,8 @@ fn remember(place: &mut Place, volume: &AheadVolume, report: &BackupReport) -> S
             }
             assert_eq!(counters.changed_bytes, bytes(&times));
         }
-        _ => assert_eq!(counters.changed_bytes, counters.read_bytes),
+        // More was read than the volume has, but it has not changed more often than once.
+        _ => assert_eq!(counters.changed_bytes, bytes(&vec![1; seen.told.len()])),
     }
     seen
 }
