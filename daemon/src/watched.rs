@@ -104,6 +104,7 @@ impl WatchSource {
                 OverBudget::Longer => blktide_watch::OverBudget::Longer,
             },
             rounds: ROUNDS,
+            ..FreezeLimits::default()
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::clock::wait_until;
 use crate::instance::Instance;
-use crate::run::Tool;
+use crate::run::{Running, Tool};
 
 /// Where controllers of version 1 are mounted, and all of version 2.
 const FIRST: [&str; 2] = ["/sys/fs/cgroup/blkio", "/sys/fs/cgroup/memory"];
@@ -58,6 +58,20 @@ impl Cgroup {
     /// A line of shell that puts the shell into it.
     pub fn line(&self) -> String {
         format!("echo 0 > {}/cgroup.procs", self.folder.display())
+    }
+
+    /// Writes blocks of 4 KiB at random to `target`, inside it, with more `options` of fio's, until it is told to end.
+    pub fn write(&self, target: &Path, options: &str) -> Result<Running> {
+        let fio = "exec fio --name=load --rw=randwrite --bs=4k --direct=1 --ioengine=libaio --time_based --runtime=1000 --minimal";
+        let script = format!(
+            "{}; {fio} --filename={} {options}",
+            self.line(),
+            target.display()
+        );
+        Tool::new("bash")
+            .args(["-euc", &script])
+            .limit(1000)
+            .start()
     }
 
     fn second(controller: &str, instance: &Instance) -> Result<Self> {

@@ -42,3 +42,12 @@ impl DeviceCounters {
         }
     }
 }
+
+/// Writes that a device is at.
+pub fn in_flight(device: &Path) -> Result<u64> {
+    let name = device.file_name().context("a name")?;
+    let path = Path::new("/sys/class/block").join(name).join("inflight");
+    let text = fs::read_to_string(path)?;
+    let writes = text.split_whitespace().nth(1).context("two numbers")?;
+    Ok(writes.parse()?)
+}

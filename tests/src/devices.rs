@@ -2,7 +2,9 @@
 
 use anyhow::{Context, Result, ensure};
 use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::clock::wait_until;
@@ -134,6 +136,35 @@ impl Drop for ZramDevice {
     fn drop(&mut self) {
         drop(say(&Path::new(ZRAM).join("queue/iostats"), "0"));
         drop(say(&Path::new(ZRAM).join("reset"), "1"));
+    }
+}
+
+/// A program of somebody's that has a device's node open and does nothing; ended when dropped.
+#[derive(Debug)]
+pub struct NodeHolder(Child);
+
+impl NodeHolder {
+    /// Opens with `mode` of the shell: `<` or `<>`.
+    pub fn of(node: &Path, mode: &str) -> Result<Self> {
+        let script = format!("exec 9{mode}{}; echo open; exec sleep 1000", node.display());
+        let mut child = Command::new("bash")
+            .args(["-euc", &script])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut said = [0; 5];
+        let out = child.stdout.as_mut().context("a pipe")?;
+        let opened = out.read_exact(&mut said);
+        let this = Self(child);
+        opened?;
+        Ok(this)
+    }
+}
+
+impl Drop for NodeHolder {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
     }
 }
 

@@ -25,6 +25,7 @@ mod devices;
 mod fio;
 mod instance;
 mod pins;
+mod plain_image;
 mod recorder;
 mod run;
 mod seed;
@@ -33,18 +34,19 @@ mod watch;
 pub use cgroup::{Cgroup, Frozen};
 pub use clock::{Stopwatch, pass, wait_until};
 pub use compare::{blocks_that_differ, copy_sparse, same_bytes, same_trees};
-pub use counters::DeviceCounters;
+pub use counters::{DeviceCounters, in_flight};
 pub use demo::Demo;
 pub use devices::{
-    FileSystem, LoopDevice, Mounted, ZramDevice, backing_file, fill_file, make_file,
+    FileSystem, LoopDevice, Mounted, NodeHolder, ZramDevice, backing_file, fill_file, make_file,
 };
 pub use fio::{Fio, FioRun};
 pub use instance::{Instance, Reply, binary, leave_nothing, number_at, put, remains, text_of};
 pub use pins::folders_of;
+pub use plain_image::PlainImage;
 pub use recorder::{Record, Recorder, UNIT, open_direct, write_block};
 pub use run::{Finished, Running, Tool, kill, pids_naming};
 pub use seed::Seed;
-pub use watch::{Figures, Tracked, Truth, doubt, figure, no_doubt, shell};
+pub use watch::{Figures, Tracked, Truth, doubt, figure, hide_completions, no_doubt, shell};
 
 /// `short` in CI, `long` under `cargo xtask test --long`.
 pub fn count(short: u64, long: u64) -> u64 {

@@ -4,12 +4,13 @@
 //! before the first copy and are taken after the second: what is written meanwhile is one mark too many, never a miss.
 
 use anyhow::{Context, Result, ensure};
+use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
 use blktide_sys::spawn::Program;
 use blktide_types::id::GenerationName;
 use blktide_volume::VolumeOptions;
 use blktide_volume::message::{Distrust, VolumeStatus};
 use blktide_watch::{
-    Ahead, AheadRequest, Attached, Detached, FreezeLimits, InUse, Watched, attach, detach,
+    Ahead, AheadRequest, Attached, Detached, FreezeLimits, InUse, Pins, Watched, attach, detach,
 };
 use std::collections::BTreeSet;
 use std::fs;
@@ -42,6 +43,14 @@ impl Tracked {
         Self {
             options,
             over: false,
+        }
+    }
+
+    /// One that somebody else has attached, and will let go of.
+    pub fn of(options: VolumeOptions) -> Self {
+        Self {
+            options,
+            over: true,
         }
     }
 
@@ -105,10 +114,15 @@ impl Tracked {
 
     /// Begins a backup on top of the image whose instant opened `base`, as far as asking what it would copy.
     pub fn begin(&self, base: Option<GenerationName>) -> Result<Ahead> {
+        self.begin_with(base, FreezeLimits::default())
+    }
+
+    /// The same with limits of its own.
+    pub fn begin_with(&self, base: Option<GenerationName>, limits: FreezeLimits) -> Result<Ahead> {
         let request = AheadRequest {
             base,
             absent: None,
-            limits: FreezeLimits::default(),
+            limits,
             guard: Arc::new(Program::copy_of(&binary("blktided")?)?),
         };
         Ok(Ahead::begin(&self.options, &request, PATIENCE)?)
@@ -245,6 +259,25 @@ pub fn doubt(tracked: &Tracked) -> Result<Option<Distrust>> {
 pub fn no_doubt(tracked: &Tracked) -> Result<()> {
     let distrust = doubt(tracked)?;
     ensure!(distrust.is_none(), "distrusted: {distrust:?}");
+    Ok(())
+}
+
+/// Takes `sectors` off what the programs have seen complete: as if they had not been run for that much. Nothing may be under way.
+pub fn hide_completions(tracked: &Tracked, sectors: u64) -> Result<()> {
+    /// Where `watch.bpf.c` counts sectors written by requests that completed.
+    const DONE: u32 = 2;
+    let options = tracked.options();
+    let pin = Pins::of(&options.runtime_dir, &options.name)?
+        .folder()
+        .join("counters");
+    let map = Map::PerCpuArray(MapData::from_pin(pin)?);
+    let mut counters = PerCpuArray::<_, u64>::try_from(map)?;
+    let mut values: Vec<u64> = counters.get(&DONE, 0)?.iter().copied().collect();
+    let most = values.iter_mut().max().context("a CPU")?;
+    *most = most
+        .checked_sub(sectors)
+        .context("so much has not been written")?;
+    counters.set(DONE, PerCpuValues::try_from(values)?, 0)?;
     Ok(())
 }
 

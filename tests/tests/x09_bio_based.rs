@@ -4,11 +4,13 @@
 #![forbid(unsafe_code)]
 #![cfg(test)]
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use blktide_tests::{
-    Figures, FileSystem, Fio, Frozen, Instance, Mounted, Seed, Tracked, Truth, ZramDevice, count,
-    figure, no_doubt, pass, shell,
+    Figures, FileSystem, Fio, Frozen, Instance, Mounted, NodeHolder, Seed, Tracked, Truth,
+    ZramDevice, count, figure, no_doubt, pass, shell, write_block,
 };
+use blktide_volume::VolumeError;
+use blktide_volume::error::Refusal;
 use blktide_watch::Target;
 use std::time::Duration;
 
@@ -83,4 +85,29 @@ fn a_device_without_requests() -> Result<()> {
         total.missed.len()
     ));
     Ok(())
+}
+
+/// req X9, X5: in the hands of a program that has the node open there is no moment at which nothing is under way: no generation
+/// ends, and it is said. Once it is gone all that was written is known.
+#[test]
+fn without_requests_and_held_open() -> Result<()> {
+    let instance = Instance::new("x09held")?;
+    let disk = ZramDevice::new(32 * MIB)?;
+    let tracked = Tracked::attached(&instance, "data", disk.path(), FINE)?;
+    tracked.believe()?;
+    tracked.drain()?;
+    let holder = NodeHolder::of(disk.path(), "<>")?;
+    write_block(disk.path(), 9 * 4096, &[9; 4096])?;
+    let error = tracked.begin(None).err().context("begun all the same")?;
+    let unwatchable = matches!(
+        error.downcast_ref(),
+        Some(VolumeError::Refused {
+            kind: Refusal::Unwatchable,
+            ..
+        })
+    );
+    ensure!(unwatchable, "{error:#}");
+    drop(holder);
+    ensure!(tracked.drain()?.contains(&9), "what it wrote was lost");
+    no_doubt(&tracked)
 }

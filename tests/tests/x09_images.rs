@@ -6,29 +6,18 @@
 #![forbid(unsafe_code)]
 #![cfg(test)]
 
-use anyhow::{Context, Result, bail, ensure};
-use blktide_sys::buffer::AlignedBuffer;
-use blktide_sys::spawn::Program;
+use anyhow::{Context, Result, ensure};
 use blktide_tests::{
-    FileSystem, Instance, LoopDevice, Mounted, Running, Tool, Tracked, binary, copy_sparse, count,
-    figure, make_file, same_bytes, shell,
+    FileSystem, Instance, LoopDevice, Mounted, Running, Tool, Tracked, copy_sparse, count, figure,
+    make_file, same_bytes, shell,
 };
-use blktide_types::geometry::Geometry;
-use blktide_types::id::GenerationName;
-use blktide_types::io::{BlockRead, SnapshotRead};
-use blktide_types::range::BlockRange;
-use blktide_types::set::BlockSet;
-use blktide_types::unit::BlockIndex;
-use blktide_watch::{Ahead, AheadRequest, FreezeLimits, InstantImage, Next, OverBudget};
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use blktide_types::io::SnapshotRead;
+use blktide_watch::{FreezeLimits, OverBudget};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 const BYTES: u64 = 512 << 20;
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A mounted file system with something in it, watched. Dropped in this order.
 struct Place {
@@ -62,99 +51,6 @@ impl Place {
             instance,
         })
     }
-
-    fn ahead(&self, base: Option<GenerationName>, limits: FreezeLimits) -> Result<Ahead> {
-        let request = AheadRequest {
-            guard: Arc::new(Program::copy_of(&binary("blktided")?)?),
-            base,
-            absent: None,
-            limits,
-        };
-        Ok(Ahead::begin(self.tracked.options(), &request, PATIENCE)?)
-    }
-
-    /// An image into `to`, which holds the one of `base` already. `at_the_instant` is done while all stands still.
-    fn image(
-        &self,
-        base: Option<GenerationName>,
-        limits: FreezeLimits,
-        to: &Path,
-        at_the_instant: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Arc<InstantImage>> {
-        let ahead = self.ahead(base, limits)?;
-        ensure!(
-            ahead.resolved() == base.is_some(),
-            "the base is known: {:?}",
-            ahead.distrust()
-        );
-        let geometry = ahead.geometry();
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(to)?;
-        file.set_len(geometry.volume_bytes())?;
-        let now = |range: BlockRange, buf: &mut [u8]| Ok(ahead.read_now(range, buf).map(drop)?);
-        copy(&geometry, ahead.first(), &file, &now)?;
-        let mut done = Ok(());
-        loop {
-            match ahead.next_with(&mut || done = at_the_instant())? {
-                Next::Copy(blocks) => copy(&geometry, &blocks, &file, &now)?,
-                Next::Instant(image) => {
-                    done?;
-                    let last = |range: BlockRange, buf: &mut [u8]| {
-                        Ok(image.read_blocks(range, buf).map(drop)?)
-                    };
-                    copy(&geometry, image.last_blocks(), &file, &last)?;
-                    file.sync_all()?;
-                    return Ok(image);
-                }
-            }
-        }
-    }
-}
-
-/// Copies blocks into a file, with four threads.
-fn copy(
-    geometry: &Geometry,
-    set: &BlockSet,
-    to: &File,
-    read: &(dyn Fn(BlockRange, &mut [u8]) -> Result<()> + Sync),
-) -> Result<()> {
-    let most = (1 << 20) / geometry.block_size().bytes_u64();
-    let pieces: Vec<BlockRange> = set
-        .runs()
-        .flat_map(|run| {
-            let starts = (run.start().0..run.end().0).step_by(usize::try_from(most).unwrap_or(1));
-            starts.filter_map(move |start| {
-                let end = (start + most).min(run.end().0);
-                BlockRange::new(BlockIndex(start), BlockIndex(end))
-            })
-        })
-        .collect();
-    let next = AtomicUsize::new(0);
-    let work = || -> Result<()> {
-        while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let size = geometry.block_size().bytes_usize();
-            let mut buffer = AlignedBuffer::new(usize::try_from(piece.count().0)? * size);
-            read(*piece, &mut buffer)?;
-            let (offset, bytes) = geometry.bytes_of(*piece);
-            let bytes = usize::try_from(bytes)?;
-            to.write_all_at(buffer.get(..bytes).context("a short buffer")?, offset)?;
-        }
-        Ok(())
-    };
-    std::thread::scope(|scope| {
-        let all: Vec<_> = (0..4).map(|_| scope.spawn(work)).collect();
-        for thread in all {
-            match thread.join() {
-                Ok(done) => done?,
-                Err(_) => bail!("a copying thread died"),
-            }
-        }
-        Ok(())
-    })
 }
 
 /// What writes meanwhile: `bash -c` of these lines, in a folder of the file system, until it is ended.
@@ -218,7 +114,7 @@ fn under_load(system: FileSystem) -> Result<()> {
     let mut base = None;
     for (number, (name, lines)) in LOADS.iter().enumerate() {
         let load = start(lines, &place.mounted.join(format!("load{number}")))?;
-        let taken = place.image(base, limits, &image, &mut || {
+        let taken = place.tracked.image(base, limits, &image, &mut || {
             drop(fs::remove_file(&truth));
             copy_sparse(&place.backing, &truth, true)
         });
@@ -276,7 +172,7 @@ fn freezes_under_random_writes() -> Result<()> {
             let mut times = Vec::new();
             let mut base = None;
             for _ in 0..count(5, 40) {
-                let taken = place.image(base, limits, &image, &mut || Ok(()))?;
+                let taken = place.tracked.image(base, limits, &image, &mut || Ok(()))?;
                 ensure!(taken.trust(), "the instant's generation is known");
                 base = Some(taken.opened());
                 times.push(taken.longest_freeze());

@@ -7,8 +7,8 @@
 use anyhow::{Context, Result, ensure};
 use blktide_sys::buffer::AlignedBuffer;
 use blktide_tests::{
-    Cgroup, Figures, FileSystem, Instance, LoopDevice, Mounted, Running, Seed, Stopwatch, Tool,
-    Tracked, Truth, count, figure, make_file, no_doubt, open_direct, pass, wait_until,
+    Cgroup, Figures, FileSystem, Instance, LoopDevice, Mounted, Seed, Stopwatch, Tracked, Truth,
+    count, figure, in_flight, make_file, no_doubt, open_direct, pass, wait_until,
 };
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -19,34 +19,6 @@ use std::time::Duration;
 const MIB: u64 = 1 << 20;
 const BLOCK: usize = 4096;
 const FINE: (u32, u32) = (4096, 4096);
-
-/// fio inside a cgroup, until it is told to end.
-fn load(group: &Cgroup, target: &Path, options: &str) -> Result<Running> {
-    let fio = "exec fio --name=load --rw=randwrite --bs=4k --direct=1 --ioengine=libaio --time_based --runtime=1000";
-    Tool::new("bash")
-        .args([
-            "-euc",
-            &format!(
-                "{}; {fio} --filename={} {options} --minimal",
-                group.line(),
-                target.display()
-            ),
-        ])
-        .limit(1000)
-        .start()
-}
-
-/// Writes that the device is at.
-fn in_flight(device: &Path) -> Result<u64> {
-    let name = device.file_name().context("a name")?;
-    let path = Path::new("/sys/class/block").join(name).join("inflight");
-    let text = std::fs::read_to_string(path)?;
-    Ok(text
-        .split_whitespace()
-        .nth(1)
-        .context("two numbers")?
-        .parse()?)
-}
 
 /// Writes that the kernel has counted at a device: requests, and bios that were merged into others.
 struct Writes {
@@ -139,7 +111,7 @@ fn writes_under_way_when_a_generation_ends() -> Result<()> {
     let truth = Truth::of(&file, (0, 32 * MIB), instance.root());
     tracked.drain()?;
     let mut copies = Copies::of(disk.path(), 32 * MIB / BLOCK as u64)?;
-    let writer = load(&group, disk.path(), "--iodepth=16 --size=32m")?;
+    let writer = group.write(disk.path(), "--iodepth=16 --size=32m")?;
     wait_until("writes wait", Duration::from_secs(20), || {
         Ok(in_flight(disk.path())? > 8)
     })?;
@@ -208,8 +180,7 @@ fn a_throttled_device() -> Result<()> {
     let mut union = tracked.drain()?;
     let before = truth.copy("before")?;
     let watch = Stopwatch::start();
-    let writer = load(
-        &group,
+    let writer = group.write(
         &mounted.join("load"),
         "--iodepth=32 --size=48m --fallocate=posix",
     )?;

@@ -37,7 +37,7 @@ use std::time::Duration;
 
 use crate::copy::{Last, Reader};
 use crate::evidence::{Completions, has_landed};
-use crate::quiet::{Quiet, Standing};
+use crate::quiet::{PATIENCE_MAX, Quiet, Standing};
 use crate::still::Still;
 use crate::target::Target;
 use crate::tracker::{Watched, engine_error, io_at};
@@ -58,6 +58,8 @@ pub struct FreezeLimits {
     pub budget: Duration,
     /// Then it is thawed whatever happens: the guard's dead man's limit.
     pub limit: Duration,
+    /// How long the freezing call may take, in which the file system writes what is dirty; cut to 60 s. Writers wait meanwhile.
+    pub patience: Duration,
     /// What if what is left does not fit the budget.
     pub over: OverBudget,
     /// Rounds of copying before it is said that it never will.
@@ -69,6 +71,7 @@ impl Default for FreezeLimits {
         Self {
             budget: Duration::from_millis(100),
             limit: Duration::from_secs(5),
+            patience: PATIENCE_MAX,
             over: OverBudget::GiveUp,
             rounds: 30,
         }
@@ -162,7 +165,7 @@ impl Ahead {
         let still = target.bio_based;
         let how = Still {
             guard: &request.guard,
-            limit: request.limits.limit,
+            limits: request.limits,
         };
         let (completions, drained) = how.begin(&mut watched, &target, &mut longest)?;
         let distrust = watched.distrusted();
@@ -291,7 +294,7 @@ impl Ahead {
     fn drain(&self, state: &mut State) -> Result<BlockSet, SourceError> {
         let how = Still {
             guard: &self.guard,
-            limit: self.limits.limit,
+            limits: self.limits,
         };
         let dirty = if state.still {
             let State {
@@ -352,9 +355,7 @@ impl Ahead {
         let room = self.room_in_blocks(state, block);
         let memory = Last::memory_for(&self.reader.geometry, room);
         let began = clock.now();
-        let standing = quiet
-            .begin(&state.watched, self.limits.limit)
-            .map_err(source)?;
+        let standing = quiet.begin(&state.watched, &self.limits).map_err(source)?;
         let frozen = self.take_last(state, &standing, (room, memory), &prepared);
         let wall = clock.wall();
         if matches!(frozen, Ok(Taken::All(..))) {
@@ -470,9 +471,7 @@ impl Ahead {
             .control
             .prepare_generation(opens, SystemClock.wall(), self.base)
             .map_err(|e| source(engine_error(e)))?;
-        let standing = quiet
-            .begin(&state.watched, self.limits.limit)
-            .map_err(source)?;
+        let standing = quiet.begin(&state.watched, &self.limits).map_err(source)?;
         let dirty = state.watched.drain();
         state.add(&dirty);
         let still = standing.is_quiet() && has_landed(&state.target);

@@ -91,6 +91,21 @@ pub enum GuardError {
     StillFrozen(#[source] FreezeError),
 }
 
+impl GuardError {
+    /// Whether the file system may be frozen by us after this, or become so.
+    pub const fn may_be_frozen(&self) -> bool {
+        match self {
+            Self::Slow { .. } | Self::StillFrozen(_) => true,
+            Self::Start(_)
+            | Self::Process { .. }
+            | Self::Freeze(_)
+            | Self::Expired { .. }
+            | Self::ThawedByAnother
+            | Self::Lost { .. } => false,
+        }
+    }
+}
+
 /// A freeze that lasted as long as it was to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thawed {

@@ -22,13 +22,14 @@ use blktide_volume::{VolumeError, VolumeOptions};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use crate::ahead::FreezeLimits;
 use crate::attach::fence;
 use crate::guard::{Frozen, Guard, GuardError, LIMIT_MAX};
 use crate::tracker::{Watched, io_at};
 use blktide_sys::spawn::Program;
 
-/// Longest that the freeze call itself may take: it writes what is dirty.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Longest that the freeze call itself may take.
+pub(crate) const PATIENCE_MAX: Duration = Duration::from_secs(60);
 
 /// How a volume is made to stand still.
 #[derive(Debug)]
@@ -49,7 +50,7 @@ fn has_no_writers(options: &VolumeOptions) -> Result<bool, VolumeError> {
 
 /// How long after its begin a freeze of ours, whose control side and guards were killed, may yet come to be.
 pub(crate) const LEFT_OVER: Duration =
-    Duration::from_secs(PATIENCE.as_secs() + LIMIT_MAX.as_secs());
+    Duration::from_secs(PATIENCE_MAX.as_secs() + LIMIT_MAX.as_secs());
 
 /// Thaws what a control side has left frozen that was killed together with its guards. What is not frozen stays as it is. Returns
 /// whether something was thawed.
@@ -125,45 +126,31 @@ impl Quiet {
         }
     }
 
-    /// Stands still from here on, for `limit` at most. Waits: for the file system's own flush.
+    /// Stands still from here on, for the limit at most. Waits: for the file system's own flush.
     pub(crate) fn begin(
         &mut self,
         watched: &Watched,
-        limit: Duration,
-    ) -> Result<Standing<'_>, VolumeError> {
-        if let Self::Freeze(_) = self {
-            // Said before, so that whoever comes after us and our guards knows.
-            watched.note_freeze(SystemClock.now().0.max(1));
-        }
-        self.stand_still(watched, limit)
-    }
-
-    fn stand_still(
-        &mut self,
-        watched: &Watched,
-        limit: Duration,
+        limits: &FreezeLimits,
     ) -> Result<Standing<'_>, VolumeError> {
         let options = &watched.options;
         let path = &options.device;
         match self {
             Self::Freeze(systems) => {
-                let mut frozen = Vec::with_capacity(systems.len());
+                // Said before, so that whoever comes after us and our guards knows.
+                watched.note_freeze(SystemClock.now().0.max(1));
+                let mut all = Vec::with_capacity(systems.len());
                 for mounted in systems {
-                    match mounted.guard.freeze(limit, PATIENCE) {
-                        Ok(one) => frozen.push(one),
+                    let patience = limits.patience.min(PATIENCE_MAX);
+                    match mounted.guard.freeze(limits.limit, patience) {
+                        Ok(one) => all.push(one),
                         Err(error) => {
-                            // What is still at it may freeze yet: who comes after us is to know.
-                            if !matches!(
-                                error,
-                                GuardError::Slow { .. } | GuardError::StillFrozen(_)
-                            ) {
-                                watched.note_freeze(0);
-                            }
+                            let (_, over) = thaw_all(all);
+                            note_thaw(watched, over.max(Over::of(&error)));
                             return Err(io_at("freeze", path)(error));
                         }
                     }
                 }
-                Ok(Standing::Frozen(frozen))
+                Ok(Standing::Frozen(all))
             }
             Self::Fence => match fence(options)? {
                 Some(fence) if has_no_writers(options)? => {
@@ -208,25 +195,11 @@ pub(crate) enum Standing<'a> {
 impl Standing<'_> {
     /// Goes on. Returns how long it stood still at most, and whether it did so until now.
     pub(crate) fn end(self, watched: &Watched) -> (Duration, bool) {
-        let ended = self.go_on();
-        watched.note_freeze(0);
-        ended
-    }
-
-    fn go_on(self) -> (Duration, bool) {
         match self {
-            Self::Frozen(mut all) => {
-                let (mut longest, mut whole) = (Duration::ZERO, true);
-                while let Some(one) = all.pop() {
-                    match one.thaw() {
-                        // Writers wait from the beginning of the call.
-                        Ok(thawed) => {
-                            longest = longest.max(thawed.call.saturating_add(thawed.frozen));
-                        }
-                        Err(_) => whole = false,
-                    }
-                }
-                (longest, whole)
+            Self::Frozen(all) => {
+                let (longest, over) = thaw_all(all);
+                note_thaw(watched, over);
+                (longest, over == Over::Whole)
             }
             Self::Fenced(_) | Self::Moving => (Duration::ZERO, true),
         }
@@ -236,4 +209,49 @@ impl Standing<'_> {
     pub(crate) const fn is_quiet(&self) -> bool {
         !matches!(self, Self::Moving)
     }
+}
+
+/// How freezes have ended: the worst of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Over {
+    /// Each lasted until it was thawed here.
+    Whole,
+    /// Somebody or something else has thawed one before.
+    Broken,
+    /// One is not known to be over: who comes after us is to know.
+    MayBeFrozen,
+}
+
+impl Over {
+    const fn of(error: &GuardError) -> Self {
+        if error.may_be_frozen() {
+            Self::MayBeFrozen
+        } else {
+            Self::Broken
+        }
+    }
+}
+
+fn note_thaw(watched: &Watched, over: Over) {
+    if over != Over::MayBeFrozen {
+        watched.note_freeze(0);
+    }
+}
+
+/// Thaws them, the last one first. Returns how long writers waited at most.
+fn thaw_all(mut all: Vec<Frozen<'_>>) -> (Duration, Over) {
+    let (mut longest, mut over) = (Duration::ZERO, Over::Whole);
+    while let Some(one) = all.pop() {
+        match one.thaw() {
+            // Writers wait from the beginning of the call.
+            Ok(thawed) => longest = longest.max(thawed.call.saturating_add(thawed.frozen)),
+            Err(error) => {
+                if let GuardError::Expired { frozen } = error {
+                    longest = longest.max(frozen);
+                }
+                over = over.max(Over::of(&error));
+            }
+        }
+    }
+    (longest, over)
 }

@@ -9,6 +9,7 @@ use blktide_volume::VolumeError;
 use blktide_volume::error::Refusal;
 use std::time::Duration;
 
+use crate::ahead::FreezeLimits;
 use crate::evidence::{Completions, has_landed};
 use crate::quiet::Quiet;
 use crate::target::Target;
@@ -17,7 +18,7 @@ use crate::tracker::{Watched, refused};
 /// How a volume stands still for a swap that no write may straddle.
 pub(crate) struct Still<'a> {
     pub(crate) guard: &'a Program,
-    pub(crate) limit: Duration,
+    pub(crate) limits: FreezeLimits,
 }
 
 impl Still<'_> {
@@ -77,7 +78,7 @@ impl Still<'_> {
             return Err(refused(Refusal::Unwatchable, message));
         }
         quiet.sync();
-        let standing = quiet.begin(watched, self.limit)?;
+        let standing = quiet.begin(watched, &self.limits)?;
         let dirty = watched.drain();
         let landed = has_landed(target);
         if landed {

@@ -1,0 +1,319 @@
+//! Mode watch: moments that are not as quiet as an image needs them, and what becomes of the image and of the file system.
+//!
+//! The oracles: a plain copy of the bytes below the device, made while all stands still; `fsfreeze`, which says what is frozen.
+//! needs: root, loop, bpf, ext4, fio, blkio
+//! limit: 240 s
+#![forbid(unsafe_code)]
+#![cfg(test)]
+
+use anyhow::{Context, Result, bail, ensure};
+use blktide_format::manifest::Consistency;
+use blktide_tests::{
+    Cgroup, FileSystem, Instance, LoopDevice, Mounted, NodeHolder, PlainImage, Tool, Tracked,
+    copy_sparse, figure, hide_completions, in_flight, kill, make_file, open_direct, same_bytes,
+    shell, wait_until, write_block,
+};
+use blktide_types::io::{SnapshotRead, SourceError};
+use blktide_types::unit::BlockIndex;
+use blktide_volume::VolumeOptions;
+use blktide_watch::{Ahead, FreezeLimits, Next, OverBudget};
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+const FINE: (u32, u32) = (4096, 4096);
+const SOON: Duration = Duration::from_secs(20);
+/// What the process that is killed works on.
+const WORK: &str = "BLKTIDE_X09_GIVES_UP";
+
+/// A loop device of its own; dropped in this order.
+struct Disk {
+    node: LoopDevice,
+    file: PathBuf,
+    instance: Instance,
+}
+
+impl Disk {
+    fn new(name: &str, bytes: u64) -> Result<Self> {
+        let instance = Instance::new(name)?;
+        let file = instance.join("disk");
+        make_file(&file, bytes)?;
+        Ok(Self {
+            node: LoopDevice::partitioned(&file)?,
+            file,
+            instance,
+        })
+    }
+
+    fn with_ext4(name: &str) -> Result<(Mounted, Self)> {
+        let this = Self::new(name, 64 * MIB)?;
+        FileSystem::Ext4.make(this.node.path())?;
+        let mounted = Mounted::new(this.node.path(), &this.instance.join("mnt"), &[])?;
+        Ok((mounted, this))
+    }
+
+    /// A plain copy of it as it is now, in place of an earlier one.
+    fn copy_to(&self, to: &Path) -> Result<()> {
+        drop(fs::remove_file(to));
+        copy_sparse(&self.file, to, true)
+    }
+
+    fn tracked(&self) -> Result<Tracked> {
+        Tracked::attached(&self.instance, "data", self.node.path(), FINE)
+    }
+}
+
+/// An image of `tracked` into `to`; how quiet it was.
+fn consistency(tracked: &Tracked, to: &Path) -> Result<Consistency> {
+    let image = tracked.image(None, FreezeLimits::default(), to, &mut || Ok(()))?;
+    Ok(image.consistency())
+}
+
+/// req X5: an image says how quiet its instant was. Who has the node open so that it could write makes it one of no one moment;
+/// who only reads does not.
+#[test]
+fn somebody_who_has_the_node_open() -> Result<()> {
+    let disk = Disk::new("x09node", 16 * MIB)?;
+    let (tracked, image) = (disk.tracked()?, disk.instance.join("image"));
+    let reader = NodeHolder::of(disk.node.path(), "<")?;
+    ensure!(consistency(&tracked, &image)? == Consistency::Unmounted);
+    drop(reader);
+    let writer = NodeHolder::of(disk.node.path(), "<>")?;
+    ensure!(consistency(&tracked, &image)? == Consistency::None);
+    drop(writer);
+    ensure!(consistency(&tracked, &image)? == Consistency::Unmounted);
+    same_bytes(&image, &disk.file, 16 * MIB)
+}
+
+/// req X5: he comes after it was decided that nobody is there: no image, and the next one covers what he wrote.
+#[test]
+fn somebody_who_comes_later() -> Result<()> {
+    let disk = Disk::new("x09later", 16 * MIB)?;
+    let (tracked, image) = (disk.tracked()?, disk.instance.join("image"));
+    let full = tracked.image(None, FreezeLimits::default(), &image, &mut || Ok(()))?;
+    ensure!(full.trust(), "its generation is known");
+    let base = full.opened();
+    drop(full);
+    let ahead = tracked.begin(Some(base))?;
+    ensure!(ahead.resolved(), "{:?}", ahead.distrust());
+    let Next::Copy(_) = ahead.next()? else {
+        bail!("an instant without a last round before it");
+    };
+    let writer = NodeHolder::of(disk.node.path(), "<>")?;
+    write_block(disk.node.path(), 7 * 4096, &[7; 4096])?;
+    match ahead.next() {
+        Err(SourceError::Io(error)) => {
+            ensure!(error.to_string().contains("taken into use"), "{error}");
+        }
+        other => bail!("{other:?}"),
+    }
+    drop((ahead, writer));
+    let next = tracked.image(Some(base), FreezeLimits::default(), &image, &mut || Ok(()))?;
+    let changed = next.changed().context("it is incremental")?;
+    ensure!(changed.contains(BlockIndex(7)), "what he wrote was lost");
+    same_bytes(&image, &disk.file, 16 * MIB)
+}
+
+/// req X5: a disk with a mounted partition and one that is written past every file system: freezing the one keeps nobody from the
+/// other. The image is of no one moment, and says so; what is frozen is right.
+#[test]
+fn a_partition_that_no_freeze_reaches() -> Result<()> {
+    let below = Disk::new("x09beside", 96 * MIB)?;
+    // The throttle is below the disk: its requests wait there, and are under way.
+    let disk = LoopDevice::partitioned(below.node.path())?;
+    let first = disk.add_partition(1, 2048, 64 * MIB / 512)?;
+    let second = disk.add_partition(2, 2048 + 64 * MIB / 512, 16 * MIB / 512)?;
+    FileSystem::Ext4.make(&first)?;
+    let mounted = Mounted::new(&first, &below.instance.join("mnt"), &[])?;
+    let group = Cgroup::throttled(&below.instance, below.node.path(), 400)?;
+    let tracked = Tracked::attached(&below.instance, "data", disk.path(), FINE)?;
+    let load = group.write(&second, "--iodepth=32")?;
+    wait_until("writes wait", SOON, || Ok(in_flight(disk.path())? > 16))?;
+    let limits = FreezeLimits {
+        over: OverBudget::Longer,
+        rounds: 2,
+        ..FreezeLimits::default()
+    };
+    let (image, truth) = (below.instance.join("image"), below.instance.join("truth"));
+    // Not believed before: a full image, which wants evidence from a quiet moment, and has none.
+    let taken = tracked.image(None, limits, &image, &mut || below.copy_to(&truth))?;
+    ensure!(load.runs(), "the load ended before the image");
+    ensure!(
+        taken.consistency() == Consistency::None,
+        "{:?} with writes under way",
+        taken.consistency()
+    );
+    load.signal("INT")?;
+    load.finish()?;
+    let of_first = |path: &Path, name: &str| -> Result<PathBuf> {
+        let to = below.instance.join(name);
+        shell(&format!(
+            "dd if={} of={} bs=1M skip=1 count=64 conv=sparse status=none; truncate -s 64M {}",
+            path.display(),
+            to.display(),
+            to.display()
+        ))?;
+        Ok(to)
+    };
+    let (copied, true_one) = (of_first(&image, "a")?, of_first(&truth, "b")?);
+    same_bytes(&copied, &true_one, 64 * MIB).context("the frozen partition")?;
+    FileSystem::Ext4.check(&copied)?;
+    drop((taken, tracked));
+    mounted.unmount()
+}
+
+/// req X9, protocol P14: completions that the programs were not run for. A write that was queued before a swap may have landed after
+/// the copy that was made in between: every copy since the last image's instant is made again, and the image is the frozen device.
+#[test]
+fn completions_that_nobody_saw() -> Result<()> {
+    let (mounted, disk) = Disk::with_ext4("x09unseen")?;
+    let file = mounted.join("file");
+    make_file(&file, 16 * MIB)?;
+    let write = |from: u64| {
+        shell(&format!(
+            "dd if=/dev/urandom of={} bs=4k seek={from} count=3 oflag=direct conv=notrunc status=none",
+            file.display()
+        ))?;
+        mounted.sync()
+    };
+    write(0)?;
+    let (tracked, path) = (disk.tracked()?, disk.instance.join("image"));
+    let truth = disk.instance.join("truth");
+    let full = tracked.image(None, FreezeLimits::default(), &path, &mut || Ok(()))?;
+    ensure!(full.trust(), "its generation is known");
+    let base = full.opened();
+    drop(full);
+    // Drained by somebody before this backup began: a backup that was given up.
+    write(100)?;
+    let early = tracked.drain()?;
+    let ahead = tracked.begin(Some(base))?;
+    ensure!(ahead.resolved(), "{:?}", ahead.distrust());
+    let image = PlainImage::of(&ahead, &path)?;
+    image.take_now(&ahead, ahead.first())?;
+    write(200)?;
+    let Next::Copy(second) = ahead.next()? else {
+        bail!("an instant without a round before it");
+    };
+    let late: BTreeSet<u64> = second.blocks().map(|b| b.0).collect();
+    image.take_now(&ahead, &second)?;
+    ensure!(!early.is_empty() && !late.is_empty() && early != late);
+    // Both kinds of copies are older than what is on the device now, and nobody was told.
+    for block in early.iter().chain(&late) {
+        image.spoil(*block)?;
+    }
+    hide_completions(&tracked, 8)?;
+    let (mut rounds, mut again) = (0, BTreeSet::new());
+    let instant = loop {
+        match ahead.next_with(&mut || drop(disk.copy_to(&truth)))? {
+            Next::Copy(blocks) => {
+                again.extend(blocks.blocks().map(|b| b.0));
+                image.take_now(&ahead, &blocks)?;
+            }
+            Next::Instant(instant) => break instant,
+        }
+        rounds += 1;
+        ensure!(rounds < 20, "it does not end");
+    };
+    image.take_last(&instant)?;
+    ensure!(instant.consistency() == Consistency::Frozen);
+    same_bytes(&path, &truth, 64 * MIB).context("stale copies were kept")?;
+    FileSystem::Ext4.check(&path)?;
+    figure(&format!(
+        "{} copies could be stale; {rounds} more rounds made {} again",
+        early.union(&late).count(),
+        again.len()
+    ));
+    // Every write was marked: the bitmap is believed, and what is hidden once is no reason at the next backup.
+    ensure!(instant.trust(), "its generation is known");
+    let base = instant.opened();
+    drop((instant, ahead));
+    write(300)?;
+    let next = tracked.image(Some(base), FreezeLimits::default(), &path, &mut || {
+        disk.copy_to(&truth)
+    })?;
+    ensure!(next.changed().is_some(), "it is incremental");
+    same_bytes(&path, &truth, 64 * MIB)?;
+    drop((next, tracked));
+    mounted.unmount()
+}
+
+/// Not a test by itself: a control side whose guard does not answer when it is to freeze, and which is killed then.
+#[test]
+fn who_gives_up() -> Result<()> {
+    let Ok(text) = std::env::var(WORK) else {
+        return Ok(());
+    };
+    let tracked = Tracked::of(serde_json::from_str::<VolumeOptions>(&text)?);
+    let limits = FreezeLimits {
+        patience: Duration::from_millis(50),
+        ..FreezeLimits::default()
+    };
+    let ahead = tracked.begin_with(None, limits)?;
+    let guard = last_round(&ahead)?;
+    kill(guard, "STOP")?;
+    let Err(error) = ahead.next() else {
+        bail!("a stopped guard froze it");
+    };
+    println!("guard {guard}. {:#}.", anyhow::Error::from(error));
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    bail!("it was not killed")
+}
+
+/// Copies nothing, until a guard is there: the next round is to be the last.
+fn last_round(ahead: &Ahead) -> Result<u32> {
+    for _ in 0..10 {
+        let Next::Copy(_) = ahead.next()? else {
+            bail!("an instant without a guard");
+        };
+        let path = "/proc/thread-self/children";
+        let children = fs::read_to_string(path)?;
+        if let Some(pid) = children.split_whitespace().next() {
+            return Ok(pid.parse()?);
+        }
+    }
+    bail!("no guard was started")
+}
+
+/// trap TE4: a freeze that was given up comes to be after all, and nobody who knows of it lives: who comes next thaws it.
+#[test]
+fn a_freeze_that_comes_to_be_when_all_are_dead() -> Result<()> {
+    let (mounted, disk) = Disk::with_ext4("x09gaveup")?;
+    let tracked = disk.tracked()?;
+    tracked.believe()?;
+    let mut asker = Command::new(std::env::current_exe()?)
+        .args(["--exact", "who_gives_up", "--nocapture"])
+        .env(WORK, serde_json::to_string(tracked.options())?)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut said = String::new();
+    let out = asker.stdout.as_mut().context("a pipe")?;
+    let mut byte = [0];
+    while !(said.contains("guard ") && said.ends_with(".\n")) && out.read(&mut byte)? == 1 {
+        said.push(char::from(byte[0]));
+    }
+    let guard = said
+        .split_once("guard ")
+        .and_then(|(_, rest)| rest.split_once('.')?.0.parse::<u32>().ok());
+    // As its call would have done it; then everybody is killed who would thaw.
+    let frozen = shell(&format!("fsfreeze --freeze {}", mounted.dir().display()));
+    asker.kill()?;
+    asker.wait()?;
+    let guard = guard.with_context(|| said.clone())?;
+    kill(guard, "KILL")?;
+    frozen?;
+    ensure!(said.contains("took longer than 50 ms"), "{said}");
+    drop(tracked.open()?);
+    let thawed = Tool::new("fsfreeze")
+        .arg("--unfreeze")
+        .arg(mounted.dir())
+        .run()?;
+    ensure!(thawed.code != Some(0), "it was left frozen");
+    mounted.unmount()?;
+    drop(open_direct(disk.node.path(), false)?);
+    FileSystem::Ext4.check(disk.node.path())
+}
