@@ -46,7 +46,9 @@ pub use plain_image::PlainImage;
 pub use recorder::{Record, Recorder, UNIT, open_direct, write_block};
 pub use run::{Finished, Running, Tool, kill, pids_naming};
 pub use seed::Seed;
-pub use watch::{Figures, Tracked, Truth, doubt, figure, hide_completions, no_doubt, shell};
+pub use watch::{
+    Figures, Tracked, Truth, doubt, figure, hide_completions, hide_writes, no_doubt, shell,
+};
 
 /// `short` in CI, `long` under `cargo xtask test --long`.
 pub fn count(short: u64, long: u64) -> u64 {

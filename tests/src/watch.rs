@@ -264,20 +264,32 @@ pub fn no_doubt(tracked: &Tracked) -> Result<()> {
 
 /// Takes `sectors` off what the programs have seen complete: as if they had not been run for that much. Nothing may be under way.
 pub fn hide_completions(tracked: &Tracked, sectors: u64) -> Result<()> {
-    /// Where `watch.bpf.c` counts sectors written by requests that completed.
-    const DONE: u32 = 2;
+    hide(tracked, DONE, sectors)
+}
+
+/// Takes `sectors` off all that the programs have seen written.
+pub fn hide_writes(tracked: &Tracked, sectors: u64) -> Result<()> {
+    hide(tracked, QUEUED, sectors)?;
+    hide(tracked, DONE, sectors)
+}
+
+/// Where `watch.bpf.c` counts sectors written: of requests that completed, of bios that were queued.
+const DONE: u32 = 2;
+const QUEUED: u32 = 7;
+
+fn hide(tracked: &Tracked, counter: u32, sectors: u64) -> Result<()> {
     let options = tracked.options();
     let pin = Pins::of(&options.runtime_dir, &options.name)?
         .folder()
         .join("counters");
     let map = Map::PerCpuArray(MapData::from_pin(pin)?);
     let mut counters = PerCpuArray::<_, u64>::try_from(map)?;
-    let mut values: Vec<u64> = counters.get(&DONE, 0)?.iter().copied().collect();
+    let mut values: Vec<u64> = counters.get(&counter, 0)?.iter().copied().collect();
     let most = values.iter_mut().max().context("a CPU")?;
     *most = most
         .checked_sub(sectors)
         .context("so much has not been written")?;
-    counters.set(DONE, PerCpuValues::try_from(values)?, 0)?;
+    counters.set(counter, PerCpuValues::try_from(values)?, 0)?;
     Ok(())
 }
 

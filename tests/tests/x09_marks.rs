@@ -10,6 +10,7 @@ use blktide_tests::{
     Truth, figure, make_file, no_doubt, shell, wait_until, write_block,
 };
 use std::collections::BTreeSet;
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -355,9 +356,24 @@ fn no_marks(tracked: &Tracked, step: impl FnOnce() -> Result<()>) -> Result<()> 
     Ok(())
 }
 
+/// What a device says of the discards that it takes: granularity, alignment, the largest one, the largest write of zeroes.
+fn discards_of(device: &Path) -> Result<String> {
+    let name = device.file_name().context("a name")?;
+    let folder = Path::new("/sys/class/block").join(name);
+    let files = [
+        "queue/discard_granularity",
+        "discard_alignment",
+        "queue/discard_max_bytes",
+        "queue/write_zeroes_max_bytes",
+    ];
+    let read = |file: &&str| fs::read_to_string(folder.join(file)).context(file.to_string());
+    files.iter().map(read).collect()
+}
+
 /// trap TA5: a discard reaches the device as before, and its counters.
 /// trap TA1: what was zeroed reads as zeroes.
 /// trap TA3: one of odd length marks what it may touch, and nothing else.
+/// trap TA4: what the device says of its discards is what it said before it was watched.
 #[test]
 fn discards_reach_the_device() -> Result<()> {
     let instance = Instance::new("x09discard")?;
@@ -365,7 +381,9 @@ fn discards_reach_the_device() -> Result<()> {
     make_file(&file, 64 * MIB)?;
     let disk = LoopDevice::new(&file, 512)?;
     let device = disk.path().display().to_string();
+    let says = discards_of(disk.path())?;
     let tracked = Tracked::attached(&instance, "data", disk.path(), FINE)?;
+    ensure!(discards_of(disk.path())? == says, "it says {says}");
     shell(&format!(
         "dd if=/dev/urandom of={device} bs=1M oflag=direct status=none || true"
     ))?;

@@ -6,8 +6,8 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use blktide_tests::{
-    FileSystem, Instance, LoopDevice, Mounted, Tool, Tracked, Truth, doubt, figure, make_file,
-    no_doubt, put, shell, write_block,
+    FileSystem, Instance, LoopDevice, Mounted, Tool, Tracked, Truth, doubt, figure, hide_writes,
+    make_file, no_doubt, put, shell, write_block,
 };
 use blktide_volume::VolumeError;
 use blktide_volume::error::Refusal;
@@ -256,6 +256,18 @@ fn a_program_taken_out_of_the_kernel() -> Result<()> {
     Ok(())
 }
 
+/// trap TA10: the kernel has counted a write that the programs were not run for: nothing is believed.
+#[test]
+fn a_write_that_the_programs_were_not_run_for() -> Result<()> {
+    let disk = Disk::new("x09notrun")?;
+    let tracked = disk.believed()?;
+    write_block(disk.node.path(), 0, &[1; 4096])?;
+    hide_writes(&tracked, 8)?;
+    found_out(&tracked, "tracker-suspect", "[sectors-unseen")?;
+    tracked.believe()?;
+    no_doubt(&tracked)
+}
+
 /// req X9: all pins gone: not attached; the next attach says that there was a gap.
 #[test]
 fn all_pins_gone() -> Result<()> {
@@ -339,6 +351,7 @@ fn another_disk_with_the_same_number() -> Result<()> {
 }
 
 /// req A5: a bitmap that was stored is believed if nothing happened, and not if something did.
+/// trap TA14: what the tracker itself reads and writes is no change.
 /// req A6: a foreign write between detach and attach.
 #[test]
 fn the_bitmap_over_a_stop() -> Result<()> {

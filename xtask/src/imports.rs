@@ -38,7 +38,8 @@ const ONLY: &[(&str, &[&str])] = &[
     ("nix", &["blktide-sys"]),
     ("io-uring", &["blktide-sys"]),
     ("loom", &["blktide-engine"]),
-    ("aya", &["blktide-watch"]),
+    // blktide-tests: what the programs counted is taken back, as if they had not been run.
+    ("aya", &["blktide-watch", "blktide-tests"]),
     // blktide-job: its bench compares with the plain pipeline.
     ("zstd", &["blktide-image", "blktide-job"]),
     ("clap", PROGRAM),
