@@ -187,7 +187,7 @@ fn user_of(device: &BlockDevice, real: &Path) -> Result<Option<String>, Failure>
     let names: Vec<String> = openers_of(real)
         .unwrap_or_default()
         .iter()
-        .map(|o| format!("{} ({})", o.name, o.pid))
+        .map(ToString::to_string)
         .collect();
     Ok(Some(if names.is_empty() {
         "the kernel has it".to_owned()

@@ -65,7 +65,7 @@ fn device(target: &Path, repository: &Path) -> Found<TargetFacts> {
     } else if mounted_at.is_none() && claimed()? {
         let names: Vec<String> = openers_of(target)?
             .iter()
-            .map(|o| format!("{} ({})", o.name, o.pid))
+            .map(ToString::to_string)
             .collect();
         Some(if names.is_empty() {
             "the kernel".to_owned()

@@ -11,7 +11,6 @@ pub use openers::{Opener, openers_of, writers_of};
 use crate::Result;
 use crate::error::{SysError, check};
 use crate::mounts::{self, DeviceNumber, Mount, Reachable};
-use openers::{is_for_writing, openers};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -68,6 +67,13 @@ impl BlockDevice {
         let folder =
             std::fs::canonicalize(&link).map_err(|e| SysError::call("realpath", link, e))?;
         Ok(Self { number, folder })
+    }
+
+    /// The disk of this kernel name: `loop3`.
+    fn of_name(name: &str) -> Result<Self> {
+        let path = Path::new("/sys/block").join(name).join("dev");
+        let number = DeviceNumber::parse(&read_trimmed(&path)?);
+        Self::of_number(number.ok_or_else(|| SysError::unfit(path, "not a device's number"))?)
     }
 
     /// The device under the file system of `path`, if that is one block device.
@@ -289,38 +295,18 @@ impl BlockDevice {
         (text("model"), serial)
     }
 
-    /// Processes that have this device open, with why: seen in /proc/*/fd, so only what root may see.
-    pub fn openers(&self) -> Vec<Opener> {
-        let a_node = |_: &Path, to: &Path| to.starts_with("/dev");
-        let is_it = |_: &Path, found: &std::fs::Metadata| {
-            found.file_type().is_block_device()
-                && DeviceNumber::from_raw(found.rdev()) == self.number
-        };
-        openers(a_node, is_it)
-    }
-
-    /// Processes that can write to it by a node of it that they have open; this one is left out.
-    pub fn writers(&self) -> Vec<Opener> {
-        let a_node = |_: &Path, to: &Path| to.starts_with("/dev");
-        let is_it = |fd: &Path, found: &std::fs::Metadata| {
-            found.file_type().is_block_device()
-                && DeviceNumber::from_raw(found.rdev()) == self.number
-                && is_for_writing(fd)
-        };
-        let own = i32::try_from(std::process::id()).unwrap_or(0);
-        let mut all = openers(a_node, is_it);
-        all.retain(|opener| opener.pid != own);
-        all
-    }
-
-    /// Writes that were queued and are not done, as far as the kernel counts (see [`Self::counts`]).
-    pub fn writes_under_way(&self) -> Result<u64> {
-        let path = self.folder.join("inflight");
-        let text = read_trimmed(&path)?;
-        let writes = text.split_ascii_whitespace().nth(1);
-        writes
-            .and_then(|n| n.parse().ok())
-            .ok_or_else(|| SysError::call("read", path, io::ErrorKind::InvalidData.into()))
+    /// Writes that were queued and are not done, of a disk those of its partitions as well, as far as the kernel counts (see
+    /// [`Self::counts`]; what waits for a scheduler it may not count). `by_disk`: of a partition also those of its whole disk.
+    pub fn writes_under_way(&self, by_disk: bool) -> Result<u64> {
+        let mut sum = writes_in_flight(&self.folder)?;
+        // A device without requests counts each of its partitions apart.
+        for partition in self.partitions()? {
+            sum = sum.saturating_add(writes_in_flight(&self.folder.join(partition))?);
+        }
+        if by_disk && self.is_partition() {
+            sum = sum.saturating_add(writes_in_flight(&self.disk_folder())?);
+        }
+        Ok(sum)
     }
 
     /// Whether it is `below`, a partition of it, or built (dm, md, bcache …) on it or on a partition of it. Where sysfs does not
@@ -414,6 +400,16 @@ pub struct Counters {
     pub discards: u64,
     /// 512-byte sectors.
     pub sectors_discarded: u64,
+}
+
+/// Writes that a device is at, by its folder in sysfs.
+fn writes_in_flight(folder: &Path) -> Result<u64> {
+    let path = folder.join("inflight");
+    let text = read_trimmed(&path)?;
+    let writes = text.split_ascii_whitespace().nth(1);
+    writes
+        .and_then(|n| n.parse().ok())
+        .ok_or_else(|| SysError::call("read", path, io::ErrorKind::InvalidData.into()))
 }
 
 fn names_in(folder: &Path) -> Result<Vec<String>> {

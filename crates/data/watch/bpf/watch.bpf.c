@@ -45,7 +45,9 @@ struct {
 enum { GENERATION = 0, LOST = 1, HEAD_WORDS = 512 };
 
 // Counters, a value a CPU.
-enum { EVENTS, AGAIN, WRITTEN, DISCARDED, PASSED_IN, PASSED_OUT, FOREIGN_PATH, QUEUED_WRITTEN, QUEUED_DISCARDED };
+enum {
+	EVENTS, AGAIN, WRITTEN, DISCARDED, PASSED_IN, PASSED_OUT, FOREIGN_DONE, QUEUED_WRITTEN, QUEUED_DISCARDED, FOREIGN_QUEUED
+};
 
 // What is watched. Sectors are those of the whole disk, as the events have them.
 const volatile u32 disk_major = 0, disk_minor = 0;
@@ -55,8 +57,6 @@ const volatile u64 start_sector = 0, sectors = 0;
 // Words of a bitmap, and sectors of a grain as a logarithm.
 const volatile u64 bitmap_words = 0;
 const volatile u32 grain_shift = 0;
-// 1: the device has no requests: nothing is seen to complete.
-const volatile u32 bio_based = 0;
 
 struct gendisk {
 	u32 major, first_minor;
@@ -164,7 +164,7 @@ __attribute__((noinline)) int set_range(u64 g, u64 a, u64 b)
 	return 0;
 }
 
-// Marks what of `bytes` from `sector` of the disk lies in what is watched, in the live bitmap.
+// Marks what of `bytes` from `sector` of the disk lies in what is watched, in the live bitmap; returns how many sectors that are.
 //
 // A generation may begin between the look at it and the last bit: then its bits went to a bitmap that is perhaps read already.
 // So the generation is looked at again after the bits, with a full barrier between, and if it has moved all is done again: in
@@ -186,10 +186,10 @@ __attribute__((noinline)) int mark(u64 sector, u64 bytes)
 		u64 before = count(turn ? AGAIN : EVENTS, 1);
 		asm volatile("" ::"r"(before));
 		if (READ(*generation) == g)
-			return 0;
+			return b - a + 1;
 	}
 	lose();
-	return 0;
+	return b - a + 1;
 }
 
 INLINE int is_watched(struct gendisk *disk)
@@ -212,28 +212,30 @@ int bio_queue(u64 *context)
 	if (!WRITES(op) || !is_watched(device->bd_disk))
 		return 0;
 	u64 bytes = bio->bi_iter.bi_size;
-	mark(bio->bi_iter.bi_sector, bytes);
+	u32 watched = mark(bio->bi_iter.bi_sector, bytes);
 	if (is_counted(device))
 		count(op == OP_DISCARD ? QUEUED_DISCARDED : QUEUED_WRITTEN, bytes >> 9);
-	else if (bio_based)
-		count(FOREIGN_PATH, bytes >> 9);
+	else if (watched)
+		count(FOREIGN_QUEUED, watched);
 	return 0;
 }
 
-// A discard may be one request of several ranges; any other request is one range.
-INLINE void mark_request(struct request *request, u32 op)
+// A discard may be one request of several ranges; any other request is one range. Returns how many sectors of it are watched.
+INLINE u32 mark_request(struct request *request, u32 op)
 {
-	mark(request->__sector, request->__data_len);
+	u32 watched = mark(request->__sector, request->__data_len);
 	struct bio *bio = request->bio;
 	if (op != OP_DISCARD || !bio)
-		return;
+		return watched;
+	watched = 0;
 	for (u32 i = 0; i < RANGES_MAX; i++) {
-		mark(bio->bi_iter.bi_sector, bio->bi_iter.bi_size);
+		watched += mark(bio->bi_iter.bi_sector, bio->bi_iter.bi_size);
 		bio = bio->bi_next;
 		if (!bio)
-			return;
+			return watched;
 	}
 	lose();
+	return watched;
 }
 
 SEC("tp_btf/block_rq_issue")
@@ -261,12 +263,12 @@ int rq_done(u64 *context)
 	if (!WRITES(op) || !is_watched(request->q->disk))
 		return 0;
 	// It may have been under way when a generation began: marked in the one before, on the device in this one.
-	mark_request(request, op);
+	u32 watched = mark_request(request, op);
 	u64 done = (u32)context[2] >> 9;
-	if (!is_counted(request->part))
-		count(FOREIGN_PATH, done);
-	else
+	if (is_counted(request->part))
 		count(op == OP_DISCARD ? DISCARDED : WRITTEN, done);
+	else if (watched)
+		count(FOREIGN_DONE, watched);
 	return 0;
 }
 

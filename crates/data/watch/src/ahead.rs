@@ -36,7 +36,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::copy::{Last, Reader};
-use crate::evidence::{Completions, has_landed};
+use crate::evidence::{Completions, Marked};
 use crate::quiet::{PATIENCE_MAX, Quiet, Standing};
 use crate::still::Still;
 use crate::target::Target;
@@ -361,7 +361,7 @@ impl Ahead {
         if matches!(frozen, Ok(Taken::All(..))) {
             at_the_instant();
         }
-        let (longest, whole) = standing.end(&state.watched);
+        let (longest, whole) = standing.end();
         state.longest = state.longest.max(longest);
         let (last, set, was_quiet) = match frozen? {
             Taken::All(last, set, was_quiet) => (last, set, was_quiet),
@@ -423,24 +423,12 @@ impl Ahead {
         (room, memory): (u64, blktide_sys::buffer::AlignedBuffer),
         prepared: &PreparedGeneration,
     ) -> Result<Taken, SourceError> {
-        let dirty = state.watched.drain();
-        state.add(&dirty);
-        let quiet = standing.is_quiet() && has_landed(&state.target);
-        if state.still && !quiet {
-            return Err(SourceError::Io(io::Error::other(
-                "a moment is needed at which no write is under way, and there was none: it is written past its file system",
-            )));
-        }
-        let occasion = if quiet {
-            Occasion::Still
-        } else {
-            Occasion::Closing
-        };
-        if !state.watched.check(&state.target, occasion) {
-            return Ok(Taken::Doubtful);
-        }
+        let (dirty, mut still) = state.drain_still(standing);
         // Where writers go on, only the next sample that is quiet by chance can tell: see `Belief::open_question`.
-        if quiet && !state.still && state.completions != state.watched.completions(&state.target) {
+        if still.is_some()
+            && !state.still
+            && state.completions != state.watched.completions(&state.target)
+        {
             return Ok(Taken::Unseen);
         }
         if dirty.count().0 > room {
@@ -449,6 +437,17 @@ impl Ahead {
         let Some(last) = Last::read(&self.reader, &dirty, memory)? else {
             return Ok(Taken::TooMuch(dirty));
         };
+        // Not a moment if something was written in it, by whomever.
+        still = still.filter(|marked| state.watched.is_unmarked_since(*marked));
+        let quiet = still.is_some();
+        if state.still && !quiet {
+            return Err(SourceError::Io(io::Error::other(
+                "a moment is needed at which no write is under way, and there was none: it is written past its file system",
+            )));
+        }
+        if !state.watched.check(&state.target, closing(quiet)) {
+            return Ok(Taken::Doubtful);
+        }
         state
             .watched
             .control
@@ -472,18 +471,13 @@ impl Ahead {
             .prepare_generation(opens, SystemClock.wall(), self.base)
             .map_err(|e| source(engine_error(e)))?;
         let standing = quiet.begin(&state.watched, &self.limits).map_err(source)?;
-        let dirty = state.watched.drain();
-        state.add(&dirty);
-        let still = standing.is_quiet() && has_landed(&state.target);
-        let occasion = if still {
-            Occasion::Still
-        } else {
-            Occasion::Closing
-        };
+        let (_, still) = state.drain_still(&standing);
+        let quiet = still.is_some();
         // Where nobody tells when a write is done, an instant without such a moment is none.
-        let believed = (still || !state.still) && state.watched.check(&state.target, occasion);
+        let believed =
+            (quiet || !state.still) && state.watched.check(&state.target, closing(quiet));
         let opened = believed.then(|| state.watched.control.open_prepared(&prepared));
-        let (longest, whole) = standing.end(&state.watched);
+        let (longest, whole) = standing.end();
         state.longest = state.longest.max(longest);
         let Some(opened) = opened.filter(|_| whole) else {
             return Err(SourceError::Revoked(RevokeCause::Distrusted));
@@ -524,7 +518,23 @@ enum Taken {
     Unseen,
 }
 
+const fn closing(quiet: bool) -> Occasion {
+    if quiet {
+        Occasion::Still
+    } else {
+        Occasion::Closing
+    }
+}
+
 impl State {
+    /// Swaps and drains while it stands still: see [`Watched::drain_still`].
+    fn drain_still(&mut self, standing: &Standing<'_>) -> (BlockSet, Option<Marked>) {
+        let alone = standing.is_quiet();
+        let (dirty, still) = self.watched.drain_still(&self.target, alone);
+        self.add(&dirty);
+        (dirty, still)
+    }
+
     /// What was drained is wanted, and has changed.
     fn add(&mut self, dirty: &BlockSet) {
         self.wanted.union_with(dirty);

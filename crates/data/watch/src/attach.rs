@@ -14,6 +14,7 @@ use blktide_device::DeviceError;
 use blktide_engine::Engine;
 use blktide_engine::evidence::Occasion;
 use blktide_format::shared::{self, Shape, WatchShape, control};
+use blktide_sys::blockdev::{BlockDevice, Opener};
 use blktide_sys::clock::SystemRandom;
 use blktide_sys::fence::Fenced;
 use blktide_sys::{SysError, fs};
@@ -127,16 +128,30 @@ fn explained(target: &Target, error: VolumeError) -> VolumeError {
     refused(Refusal::Unwatchable, message)
 }
 
-/// The fence, if nobody uses the device.
+/// The fence, if nobody uses the device, and nobody has it open so that he could write: the fence itself does not keep him away.
 pub(crate) fn fence(options: &VolumeOptions) -> Result<Option<Fenced>, VolumeError> {
     let path = &options.device;
-    match Fenced::try_take(path) {
-        Ok(taken) => Ok(taken),
-        Err(SysError::Unfit { on, why }) => Err(VolumeError::Device {
-            source: DeviceError::Unfit { path: on, why },
-        }),
-        Err(e) => Err(io_at("open", path)(e)),
+    let taken = match Fenced::try_take(path) {
+        Ok(taken) => taken,
+        Err(SysError::Unfit { on, why }) => {
+            return Err(VolumeError::Device {
+                source: DeviceError::Unfit { path: on, why },
+            });
+        }
+        Err(e) => return Err(io_at("open", path)(e)),
+    };
+    match taken {
+        Some(_) if !writers_of(options)?.is_empty() => Ok(None),
+        other => Ok(other),
     }
+}
+
+/// Who could write past a file system, and past the fence.
+pub(crate) fn writers_of(options: &VolumeOptions) -> Result<Vec<Opener>, VolumeError> {
+    let path = &options.device;
+    let device = BlockDevice::at(path).map_err(io_at("look at", path))?;
+    let writers = device.writers();
+    writers.map_err(io_at("look for writers of", path))
 }
 
 pub(crate) fn handover_device(
@@ -276,8 +291,7 @@ pub fn detach(
         }
         (target, _) => {
             if in_use == InUse::Refuse {
-                let message = format!("{} is in use", options.device.display());
-                return Err(refused(Refusal::InUse, message));
+                return Err(in_use_by(options));
             }
             if let Ok(target) = target {
                 let device = handover_device(options, &target, None)?;
@@ -292,6 +306,18 @@ pub fn detach(
     Ok(detached)
 }
 
+fn in_use_by(options: &VolumeOptions) -> VolumeError {
+    let writers = writers_of(options).unwrap_or_default();
+    let names: Vec<String> = writers.iter().map(ToString::to_string).collect();
+    let by = if names.is_empty() {
+        String::new()
+    } else {
+        format!(": open for writing by {}", names.join(", "))
+    };
+    let message = format!("{} is in use{by}", options.device.display());
+    refused(Refusal::InUse, message)
+}
+
 impl Watched {
     /// Stores the bitmap: the fence is ours.
     fn store(&mut self, target: &Target, fence: &Fenced) -> Result<(), VolumeError> {
@@ -304,14 +330,19 @@ impl Watched {
         // From here on nobody goes on with what is in the kernel: a bitmap that was stored might be believed.
         self.engine.set_word(control::STATE, DETACHING);
         bitmap::close(&options, &device, &self.engine, &self.control)?;
-        // The fence keeps mounts away, not somebody who opens the node and writes.
-        if self.drain().is_empty() {
+        // The fence keeps mounts away, not somebody who opens the node and writes, now or when nothing marks any more.
+        let came = !writers_of(&options)?.is_empty();
+        let (reason, error) = if !self.drain().is_empty() {
+            let path = options.device.display();
+            let message = format!("{path} was written while its bitmap was being stored");
+            (Reason::ForeignWrite, refused(Refusal::InUse, message))
+        } else if came {
+            (Reason::TrackingInterrupted, in_use_by(&options))
+        } else {
             return Ok(());
-        }
-        bitmap::give_up(&options, &device, &self.engine, Reason::ForeignWrite)?;
+        };
+        bitmap::give_up(&options, &device, &self.engine, reason)?;
         self.engine.set_word(control::STATE, ATTACHED);
-        let path = options.device.display();
-        let message = format!("{path} was written while its bitmap was being stored");
-        Err(refused(Refusal::InUse, message))
+        Err(error)
     }
 }

@@ -33,8 +33,17 @@ pub(crate) struct Counted {
     pub(crate) passed_in: u64,
     /// Those that give it some.
     pub(crate) passed_out: u64,
-    /// Sectors that came by another name of the device (its disk): marked, and not in the kernel's count of a partition.
-    pub(crate) by_another_way: u64,
+    /// Sectors that came by another name of the device (its disk), queued: marked, and not in the kernel's count of a partition.
+    pub(crate) foreign_queued: u64,
+    /// Those that completed. None of a device without requests.
+    pub(crate) foreign_done: u64,
+}
+
+impl Counted {
+    /// Sectors by another way that were seen queued and not done.
+    pub(crate) const fn foreign_lag(&self) -> u64 {
+        self.foreign_queued.wrapping_sub(self.foreign_done)
+    }
 }
 
 impl Counters {
@@ -47,12 +56,19 @@ impl Counters {
             .map_err(fail)
     }
 
+    /// Marks so far: see [`Counted::events`].
+    pub(crate) fn events(&self) -> io::Result<u64> {
+        self.sum(0)
+    }
+
+    fn sum(&self, index: u32) -> io::Result<u64> {
+        let values = self.0.get(&index, 0).map_err(io::Error::other)?;
+        Ok(values.iter().fold(0, |sum: u64, n| sum.wrapping_add(*n)))
+    }
+
     /// All of them now. Each is right; they are not of one moment.
     pub(crate) fn read(&self) -> io::Result<Counted> {
-        let sum = |index: u32| -> io::Result<u64> {
-            let values = self.0.get(&index, 0).map_err(io::Error::other)?;
-            Ok(values.iter().fold(0, |sum: u64, n| sum.wrapping_add(*n)))
-        };
+        let sum = |index: u32| self.sum(index);
         let sectors = |index: u32| -> io::Result<Sectors> {
             Ok(Sectors {
                 written: sum(index)?,
@@ -66,7 +82,8 @@ impl Counters {
             queued: sectors(7)?,
             passed_in: sum(4)?,
             passed_out: sum(5)?,
-            by_another_way: sum(6)?,
+            foreign_queued: sum(9)?,
+            foreign_done: sum(6)?,
         })
     }
 }

@@ -18,11 +18,13 @@
 //! **Invariant**: a check that failed has distrusted the tracker before anything else is done.
 
 use blktide_engine::evidence::{Belief, Check, Occasion, Proof, Sectors, Vector};
+use blktide_format::shared::watch;
 use blktide_sys::blockdev::BlockDevice;
 use blktide_sys::event::pause;
 use blktide_sys::host;
 use blktide_sys::mounts::DeviceNumber;
 use blktide_types::reason::Reason;
+use blktide_types::set::BlockSet;
 use blktide_volume::VolumeError;
 use std::time::Duration;
 
@@ -41,6 +43,19 @@ const READINGS: u32 = 20;
 const READINGS_FOR_BASE: u32 = 400;
 /// Looks, at most, and the time between two, until no write is seen under way.
 const LANDING_TRIES: u32 = 100;
+/// Drains, at most, in one freeze: what was under way when it began (a file system's discards) is done in its course.
+const STRAGGLER_TRIES: u32 = 3;
+
+/// A number of marks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Marked(u64);
+
+/// A sample, and how far what came by way of the whole disk is behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Sampled {
+    vector: Vector,
+    foreign_lag: u64,
+}
 
 impl Watched {
     /// Begins to believe, at the attach. `quiet`: the fence is ours.
@@ -60,7 +75,9 @@ impl Watched {
     fn begin(&self, target: &Target, quiet: bool) -> Result<Belief, Check> {
         let first = if quiet {
             let sampled = self.sample_until_still(target, QUIET_TRIES);
-            let (mut first, _) = sampled.ok_or(Check::SampleMissing)?;
+            let (sampled, _) = sampled.ok_or(Check::SampleMissing)?;
+            self.marks.set_word(watch::FOREIGN_LAG, sampled.foreign_lag);
+            let mut first = sampled.vector;
             first.base = Sectors::default();
             first.queued_base = Sectors::default();
             let exact = first;
@@ -98,18 +115,30 @@ impl Watched {
 
     /// Takes a sample; false: a check failed, the tracker is distrusted, and copies that were made are doubtful.
     pub(crate) fn check(&mut self, target: &Target, mut occasion: Occasion) -> bool {
-        let quiet = occasion == Occasion::Still;
-        let tries = if quiet { QUIET_TRIES } else { 1 };
+        let tries = if occasion == Occasion::Still {
+            QUIET_TRIES
+        } else {
+            1
+        };
         let sampled = self.sample_until_still(target, tries);
-        let now = sampled.map(|(now, _)| now);
-        if occasion == Occasion::Between && sampled.is_some_and(|(_, still)| still) {
-            occasion = Occasion::Pause;
-        }
+        let still = sampled.is_some_and(|(_, still)| still);
+        let lost_foreign = !target.bio_based && sampled.is_some_and(|(s, _)| self.lags(&s));
+        occasion = match occasion {
+            Occasion::Between if still && !lost_foreign => Occasion::Pause,
+            // Somebody is at it whom nobody has seen.
+            Occasion::Still if !still => Occasion::Closing,
+            Occasion::Between | Occasion::Pause | Occasion::Closing | Occasion::Still => occasion,
+        };
+        let quiet = occasion == Occasion::Still;
+        let now = sampled.map(|(sampled, _)| sampled.vector);
         let loaded = Belief::load(self.marks.memory());
         let mut verdict = Err(Check::SampleMissing);
         if let Ok(mut belief) = loaded {
             verdict = belief.sample(now.as_ref(), occasion);
             belief.save(self.marks.memory());
+        }
+        if quiet && lost_foreign {
+            verdict = Err(Check::RunsSkipped);
         }
         let trusted = self.control.trusted().reason.is_none();
         match verdict {
@@ -134,6 +163,12 @@ impl Watched {
         }
     }
 
+    /// Whether a write that came by way of the whole disk is under way, or was not seen to complete: no count of the kernel's shows
+    /// that.
+    fn lags(&self, sampled: &Sampled) -> bool {
+        sampled.foreign_lag != self.marks.word(watch::FOREIGN_LAG)
+    }
+
     /// From here on it is believed again, as far as it can be: nothing that went before is. `quiet`: nobody can be writing.
     pub(crate) fn begin_anew(&mut self, target: &Target, quiet: bool) {
         if let Ok(mut belief) = self.begin(target, quiet) {
@@ -145,7 +180,7 @@ impl Watched {
     }
 
     /// One sample: the kernel's count first, ours after. `None`: something could not be read.
-    fn sample(&self, target: &Target) -> Option<Vector> {
+    fn sample(&self, target: &Target) -> Option<Sampled> {
         let device = BlockDevice::at(&target.path).ok()?;
         let kernel = device.counters().ok()?;
         let counted = self.counters.read().ok()?;
@@ -159,7 +194,7 @@ impl Watched {
         } else {
             counted.passed_in
         };
-        Some(Vector {
+        let vector = Vector {
             boot: host::boot_id().ok()?,
             programs: running.programs,
             links: running.links,
@@ -181,12 +216,19 @@ impl Watched {
             device: identity(disk.number(), disk.sequence()),
             holders: u32::try_from(device.holders().ok()?.len()).unwrap_or(u32::MAX),
             statistics: device.counts(),
+        };
+        Some(Sampled {
+            vector,
+            foreign_lag: counted.foreign_lag(),
         })
     }
 
     /// A sample, and whether no count had moved since the one before it: until that is so, for a few times.
-    fn sample_until_still(&self, target: &Target, tries: u32) -> Option<(Vector, bool)> {
-        let counts = |sample: &Vector| (sample.own, sample.queued, sample.kernel);
+    fn sample_until_still(&self, target: &Target, tries: u32) -> Option<(Sampled, bool)> {
+        let counts = |sample: &Sampled| {
+            let vector = &sample.vector;
+            (vector.own, vector.queued, vector.kernel, sample.foreign_lag)
+        };
         let mut before = self.sample(target)?;
         for last in (0..tries).rev() {
             let now = self.sample(target)?;
@@ -215,11 +257,63 @@ impl Watched {
                 break;
             }
         }
-        let mut first = self.sample(target)?;
+        let mut first = self.sample(target)?.vector;
         // What was counted between is ours and not yet the kernel's.
         first.base = most?.least(first.kernel);
         first.queued_base = Sectors::default();
         Some(first)
+    }
+
+    /// Waits a moment for the writes that were queued before to be done; false: some are still under way, or nobody can tell.
+    fn has_landed(&self, target: &Target) -> bool {
+        let mut seen = 0;
+        for _ in 0..LANDING_TRIES {
+            let under_way = self.writes_under_way(target);
+            // The kernel adds up its processors' counts one after the other: twice, so that no sum is by chance.
+            seen = if under_way == Some(0) { seen + 1 } else { 0 };
+            if seen == 2 {
+                return true;
+            }
+            if seen == 0 {
+                drop(pause(QUIET_PAUSE));
+            }
+        }
+        false
+    }
+
+    fn writes_under_way(&self, target: &Target) -> Option<u64> {
+        let by_disk = self.counters.read().ok()?.foreign_queued > 0;
+        let device = BlockDevice::at(&target.path).ok()?;
+        device.writes_under_way(by_disk).ok()
+    }
+
+    /// Swaps and drains where nobody is to be writing; and whether nobody did: then the number of marks, which must not move as long as
+    /// that is to hold (see [`Self::is_unmarked_since`]). What was closed has landed then.
+    ///
+    /// `alone`: as far as is known nobody can write. If not, nothing is waited for.
+    pub(crate) fn drain_still(
+        &mut self,
+        target: &Target,
+        alone: bool,
+    ) -> (BlockSet, Option<Marked>) {
+        let mut dirty = BlockSet::new(self.geometry().block_count());
+        for _ in 0..STRAGGLER_TRIES {
+            let before = self.counters.events().ok().map(Marked);
+            dirty.union_with(&self.drain());
+            if !alone || !self.has_landed(target) {
+                break;
+            }
+            // What was done since is marked, some of it maybe in what is live now.
+            if before.is_some_and(|marked| self.is_unmarked_since(marked)) {
+                return (dirty, before);
+            }
+        }
+        (dirty, None)
+    }
+
+    /// Whether nothing of the volume was queued, issued or completed since.
+    pub(crate) fn is_unmarked_since(&self, marked: Marked) -> bool {
+        self.counters.events().is_ok_and(|now| now == marked.0)
     }
 
     /// How far we are ahead of the kernel in counting completions, as far as it can be seen while requests are under way; `None`:
@@ -240,29 +334,6 @@ impl Watched {
         }
         Some(found)
     }
-}
-
-/// Waits a moment for the writes that were queued before to be done; false: some are still under way, or nobody can tell.
-///
-/// Called after a swap: what it closed has landed when this is true, whoever writes meanwhile.
-pub(crate) fn has_landed(target: &Target) -> bool {
-    let mut seen = 0;
-    for _ in 0..LANDING_TRIES {
-        let under_way = BlockDevice::at(&target.path).and_then(|d| d.writes_under_way());
-        // The kernel adds up its processors' counts one after the other: twice, so that no sum is by chance.
-        seen = if under_way.is_ok_and(|n| n == 0) {
-            seen + 1
-        } else {
-            0
-        };
-        if seen == 2 {
-            return true;
-        }
-        if seen == 0 {
-            drop(pause(QUIET_PAUSE));
-        }
-    }
-    false
 }
 
 /// How many sectors more we have seen complete than the kernel has counted, and the runs that it skipped at completions.
@@ -298,7 +369,7 @@ fn kernel_count(target: &Target) -> Option<Sectors> {
 /// disk, which is in no count of a partition, of completions. `None`: the kernel does not say.
 fn uncounted_misses(running: &Running, counted: &Counted) -> Option<u64> {
     let [queue, _, done] = running.skipped;
-    let by_another_way = if counted.by_another_way > 0 { done? } else { 0 };
+    let by_another_way = if counted.foreign_queued > 0 { done? } else { 0 };
     Some(queue?.saturating_add(by_another_way))
 }
 

@@ -17,6 +17,7 @@ mod process;
 
 pub use process::run;
 
+use crate::note::FreezeNote;
 use blktide_sys::SysError;
 use blktide_sys::blockdev::{FreezeError, thaw};
 use blktide_sys::event::{Signals, pause, wait_readable};
@@ -124,6 +125,15 @@ pub struct Guard {
     mount: Option<OwnedFd>,
     number: u64,
     refused: u64,
+    abandoned: Abandoned,
+}
+
+/// Whether a freeze was given up while the call was under way.
+#[derive(Debug)]
+enum Abandoned {
+    No,
+    /// Who sees it end takes the note back.
+    Yes(Option<FreezeNote>),
 }
 
 /// What the guard says, or does not.
@@ -159,6 +169,7 @@ impl Guard {
             mount: Some(mount),
             number: 0,
             refused: 0,
+            abandoned: Abandoned::No,
         };
         match guard.hear(START_PATIENCE) {
             Heard::Reply(Reply::Ready { refused }) => guard.refused = refused,
@@ -189,6 +200,25 @@ impl Guard {
         limit: Duration,
         patience: Duration,
     ) -> Result<Frozen<'_>, GuardError> {
+        let call = self.ask_to_freeze(limit, patience)?;
+        Ok(self.frozen(call))
+    }
+
+    /// What [`Self::ask_to_freeze`] has frozen.
+    pub(crate) const fn frozen(&mut self, call: Duration) -> Frozen<'_> {
+        Frozen {
+            guard: self,
+            call,
+            over: false,
+        }
+    }
+
+    /// As [`Self::freeze`]; returns how long the call took. It is to be thawed, or this guard dropped.
+    pub(crate) fn ask_to_freeze(
+        &mut self,
+        limit: Duration,
+        patience: Duration,
+    ) -> Result<Duration, GuardError> {
         if self.socket.is_none() {
             return Err(GuardError::Lost { thawed: false });
         }
@@ -198,20 +228,26 @@ impl Guard {
             return Err(self.lost());
         }
         match self.hear(patience) {
-            Heard::Reply(Reply::Frozen { number: n, call }) if n == number => Ok(Frozen {
-                guard: self,
-                call,
-                over: false,
-            }),
+            Heard::Reply(Reply::Frozen { number: n, call }) if n == number => Ok(call),
             Heard::Reply(Reply::Failed { number: n, errno }) if n == number => {
                 Err(GuardError::Freeze(FreezeError::of_freeze(errno)))
             }
             Heard::Nothing => {
                 // It sees the end of the socket when its call returns.
                 self.socket = None;
+                self.abandoned = Abandoned::Yes(None);
                 Err(GuardError::Slow { patience })
             }
             Heard::Reply(_) | Heard::Gone => Err(self.lost()),
+        }
+    }
+
+    /// Leaves `note` to whoever comes to know that the freeze which failed by `error` is over: at once, or when the call ends.
+    pub(crate) fn abandon(&mut self, note: FreezeNote, error: &GuardError) {
+        if matches!(error, GuardError::Slow { .. }) {
+            self.abandoned = Abandoned::Yes(Some(note));
+        } else if !error.may_be_frozen() {
+            note.take_back();
         }
     }
 
@@ -277,25 +313,32 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        let given_up = self.socket.take().is_none();
-        if !given_up && !wait_readable(&self.process, Some(END_PATIENCE)).unwrap_or(true) {
+        let alive = self.socket.take().is_some();
+        if alive && !wait_readable(&self.process, Some(END_PATIENCE)).unwrap_or(true) {
             self.kill();
         }
-        if matches!(self.process.try_wait(), Ok(Some(_))) {
+        let abandoned = std::mem::replace(&mut self.abandoned, Abandoned::No);
+        if matches!(abandoned, Abandoned::No) && matches!(self.process.try_wait(), Ok(Some(_))) {
             return;
         }
-        // Its call has not returned yet. Somebody has to stay and see it thaw.
+        // Its call may not have returned yet. Somebody has to stay and see it thaw.
         if let (Ok(process), Some(mount)) = (self.process.try_clone(), self.mount.take()) {
-            let watch = move || see_out(&process, &mount);
+            let watch = move || see_out(&process, &mount, abandoned);
             drop(std::thread::Builder::new().spawn(watch));
         }
     }
 }
 
-/// Waits for the end of a guard that was given up, and thaws if it did not.
-fn see_out(process: &PidFd, mount: &OwnedFd) {
-    if !matches!(process.wait(), Ok(Exit::Code(0))) {
-        drop(thaw_patiently(mount));
+/// Waits for the end of a guard, and thaws if it was given up and did not.
+fn see_out(process: &PidFd, mount: &OwnedFd, abandoned: Abandoned) {
+    let exit = process.wait();
+    let Abandoned::Yes(note) = abandoned else {
+        return;
+    };
+    let over = matches!(exit, Ok(Exit::Code(0)))
+        || matches!(thaw_patiently(mount), Ok(()) | Err(FreezeError::NotFrozen));
+    if let Some(note) = note.filter(|_| over) {
+        note.take_back();
     }
 }
 

@@ -22,6 +22,7 @@ mod marker;
 mod marks;
 mod memory;
 mod native;
+mod note;
 mod pins;
 mod probe;
 mod quiet;

@@ -109,7 +109,6 @@ fn create(plan: &Plan<'_>) -> Result<Ebpf, EbpfError> {
     let watch = &plan.watch;
     let bitmap_words = u64::try_from(watch.bitmap_words()).unwrap_or(u64::MAX);
     let shift = u32::from(watch.grain.shift().saturating_sub(SECTOR_SHIFT));
-    let bio_based = u32::from(watch.bio_based);
     let entries = |words: usize| u32::try_from(words).unwrap_or(u32::MAX);
     EbpfLoader::new()
         .override_global("disk_major", &disk.major, true)
@@ -119,7 +118,6 @@ fn create(plan: &Plan<'_>) -> Result<Ebpf, EbpfError> {
         .override_global("sectors", &watch.sectors, true)
         .override_global("bitmap_words", &bitmap_words, true)
         .override_global("grain_shift", &shift, true)
-        .override_global("bio_based", &bio_based, true)
         .map_max_entries("marks", entries(watch.words()))
         .map_max_entries("control", entries(plan.engine.control_words()))
         .map_max_entries("banks", entries(plan.engine.banks_words()))

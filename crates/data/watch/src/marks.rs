@@ -48,6 +48,11 @@ impl Marks {
         &*self.memory
     }
 
+    /// The same, to be kept.
+    pub(crate) const fn shared(&self) -> &Arc<dyn Memory> {
+        &self.memory
+    }
+
     /// A word of the head.
     pub(crate) fn word(&self, index: usize) -> u64 {
         let word = self.memory.words().get(index);

@@ -18,13 +18,15 @@ use blktide_sys::fence::Fenced;
 use blktide_sys::fs;
 use blktide_sys::mounts::{DeviceNumber, Reachable};
 use blktide_types::clock::Clock;
+use blktide_volume::error::Refusal;
 use blktide_volume::{VolumeError, VolumeOptions};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use crate::ahead::FreezeLimits;
-use crate::attach::fence;
+use crate::attach::{fence, writers_of};
 use crate::guard::{Frozen, Guard, GuardError, LIMIT_MAX};
+use crate::note::FreezeNote;
 use crate::tracker::{Watched, io_at};
 use blktide_sys::spawn::Program;
 
@@ -42,33 +44,32 @@ pub(crate) enum Quiet {
     Impossible,
 }
 
-fn has_no_writers(options: &VolumeOptions) -> Result<bool, VolumeError> {
+/// What is mounted from it, one by one, anywhere.
+fn mounts_of(options: &VolumeOptions) -> Result<Vec<Reachable>, VolumeError> {
     let path = &options.device;
     let device = BlockDevice::at(path).map_err(io_at("look at", path))?;
-    Ok(device.writers().is_empty())
+    device
+        .mounts_anywhere()
+        .map_err(io_at("find the mounts of", path))
 }
 
 /// How long after its begin a freeze of ours, whose control side and guards were killed, may yet come to be.
 pub(crate) const LEFT_OVER: Duration =
     Duration::from_secs(PATIENCE_MAX.as_secs() + LIMIT_MAX.as_secs());
 
-/// Thaws what a control side has left frozen that was killed together with its guards. What is not frozen stays as it is. Returns
-/// whether something was thawed.
-pub(crate) fn thaw_left_over(options: &VolumeOptions) -> bool {
-    let mut thawed = false;
-    let device = BlockDevice::at(&options.device);
-    let mounts = device.and_then(|d| d.mounts_anywhere()).unwrap_or_default();
-    for mount in mounts {
+/// Thaws what a control side has left frozen that was killed together with its guards. What is not frozen stays as it is.
+pub(crate) fn thaw_left_over(options: &VolumeOptions) {
+    for mount in mounts_of(options).unwrap_or_default() {
         if let Ok(folder) = mount.open() {
-            thawed |= thaw(&folder).is_ok();
+            drop(thaw(&folder));
         }
     }
-    thawed
 }
 
 /// A file system that can be frozen.
 #[derive(Debug)]
 pub(crate) struct Mounted {
+    number: DeviceNumber,
     guard: Guard,
     /// For syncing it.
     folder: OwnedFd,
@@ -77,33 +78,24 @@ pub(crate) struct Mounted {
 impl Quiet {
     /// What can be done about this device now. Starts the guards, from `program`.
     pub(crate) fn of(options: &VolumeOptions, program: &Program) -> Result<Self, VolumeError> {
-        let path = &options.device;
-        let device = BlockDevice::at(path).map_err(io_at("look at", path))?;
-        let mounts = device
-            .mounts_anywhere()
-            .map_err(io_at("find the mounts of", path))?;
+        let mounts = mounts_of(options)?;
         if mounts.is_empty() {
-            let fenced = fence(options)?;
-            return Ok(if fenced.is_some() && device.writers().is_empty() {
-                Self::Fence
-            } else {
-                Self::Impossible
-            });
+            return Ok(fence(options)?.map_or(Self::Impossible, |_| Self::Fence));
         }
-        let mut systems: Vec<(DeviceNumber, Mounted)> = Vec::new();
-        for mount in mounts {
-            let number = mount.mount.device;
-            if !systems.iter().any(|(known, _)| *known == number)
-                && let Some(mounted) = Mounted::of(&mount, program)?
+        let mut systems: Vec<Mounted> = Vec::new();
+        for mount in &mounts {
+            if !is_one_of(&systems, mount)
+                && let Some(mounted) = Mounted::of(mount, program)?
             {
-                systems.push((number, mounted));
+                systems.push(mounted);
             }
         }
-        let systems: Vec<Mounted> = systems.into_iter().map(|(_, mounted)| mounted).collect();
-        Ok(if systems.is_empty() {
-            Self::Impossible
-        } else {
+        // One that cannot be had goes on, whatever becomes of the others.
+        let all = mounts.iter().all(|mount| is_one_of(&systems, mount));
+        Ok(if all {
             Self::Freeze(systems)
+        } else {
+            Self::Impossible
         })
     }
 
@@ -134,39 +126,58 @@ impl Quiet {
     ) -> Result<Standing<'_>, VolumeError> {
         let options = &watched.options;
         let path = &options.device;
+        let come = |what: &str| {
+            let message = format!("{} {what} during the backup", path.display());
+            crate::tracker::refused(Refusal::Busy, message)
+        };
         match self {
             Self::Freeze(systems) => {
-                // Said before, so that whoever comes after us and our guards knows.
-                watched.note_freeze(SystemClock.now().0.max(1));
-                let mut all = Vec::with_capacity(systems.len());
-                for mounted in systems {
-                    let patience = limits.patience.min(PATIENCE_MAX);
-                    match mounted.guard.freeze(limits.limit, patience) {
-                        Ok(one) => all.push(one),
-                        Err(error) => {
-                            let (_, over) = thaw_all(all);
-                            note_thaw(watched, over.max(Over::of(&error)));
-                            return Err(io_at("freeze", path)(error));
-                        }
-                    }
+                if !mounts_of(options)?.iter().all(|m| is_one_of(systems, m)) {
+                    return Err(come("was mounted once more"));
                 }
-                Ok(Standing::Frozen(all))
+                let alone = writers_of(options)?.is_empty();
+                // Said before, so that whoever comes after us and our guards knows.
+                let note = watched.note_freeze(SystemClock.now());
+                let patience = limits.patience.min(PATIENCE_MAX);
+                let mut calls = Vec::with_capacity(systems.len());
+                // Nothing is asked of the memory from here on.
+                let mut all = Vec::with_capacity(systems.len());
+                let failed = systems.iter_mut().find_map(|mounted| {
+                    let asked = mounted.guard.ask_to_freeze(limits.limit, patience);
+                    asked.map(|call| calls.push(call)).err()
+                });
+                if let Some(error) = failed {
+                    let (_, over) =
+                        thaw_all(systems.iter_mut().zip(calls.iter().copied()).map(frozen));
+                    if over != Over::MayBeFrozen
+                        && let Some(mounted) = systems.get_mut(calls.len())
+                    {
+                        mounted.guard.abandon(note, &error);
+                    }
+                    return Err(io_at("freeze", path)(error));
+                }
+                all.extend(systems.iter_mut().zip(calls).map(frozen));
+                Ok(Standing::Frozen { all, note, alone })
             }
             Self::Fence => match fence(options)? {
-                Some(fence) if has_no_writers(options)? => {
+                Some(fence) => {
                     // What was written to the node and lies in its page cache belongs to this moment.
                     drop(fs::sync_data(&**fence.file()));
                     Ok(Standing::Fenced(fence))
                 }
-                // Somebody has come meanwhile.
-                Some(_) | None => Err(crate::tracker::refused(
-                    blktide_volume::error::Refusal::Busy,
-                    format!("{} was taken into use during the backup", path.display()),
-                )),
+                None => Err(come("was taken into use")),
             },
             Self::Impossible => Ok(Standing::Moving),
         }
     }
+}
+
+const fn frozen((mounted, call): (&mut Mounted, Duration)) -> Frozen<'_> {
+    mounted.guard.frozen(call)
+}
+
+fn is_one_of(systems: &[Mounted], mount: &Reachable) -> bool {
+    systems.iter().any(|s| s.number == mount.mount.device)
 }
 
 impl Mounted {
@@ -177,6 +188,7 @@ impl Mounted {
         };
         let copy = folder.try_clone().map_err(io_at("open", &mount.path))?;
         Ok(Some(Self {
+            number: mount.mount.device,
             guard: Guard::start(program, copy)
                 .map_err(io_at("start the thaw guard of", &mount.path))?,
             folder,
@@ -187,27 +199,38 @@ impl Mounted {
 /// A volume that stands still, or does as if.
 #[derive(Debug)]
 pub(crate) enum Standing<'a> {
-    Frozen(Vec<Frozen<'a>>),
+    Frozen {
+        all: Vec<Frozen<'a>>,
+        note: FreezeNote,
+        /// As far as is known nobody writes past the file systems.
+        alone: bool,
+    },
     Fenced(#[expect(dead_code, reason = "held, not used")] Fenced),
     Moving,
 }
 
 impl Standing<'_> {
     /// Goes on. Returns how long it stood still at most, and whether it did so until now.
-    pub(crate) fn end(self, watched: &Watched) -> (Duration, bool) {
+    pub(crate) fn end(self) -> (Duration, bool) {
         match self {
-            Self::Frozen(all) => {
-                let (longest, over) = thaw_all(all);
-                note_thaw(watched, over);
+            Self::Frozen { all, note, .. } => {
+                let (longest, over) = thaw_all(all.into_iter());
+                if over != Over::MayBeFrozen {
+                    note.take_back();
+                }
                 (longest, over == Over::Whole)
             }
             Self::Fenced(_) | Self::Moving => (Duration::ZERO, true),
         }
     }
 
-    /// Whether those who write by a file system, or exclusively, are kept from it.
+    /// Whether nobody can write to it, as far as is known: whether nobody does is to be seen.
     pub(crate) const fn is_quiet(&self) -> bool {
-        !matches!(self, Self::Moving)
+        match self {
+            Self::Frozen { alone, .. } => *alone,
+            Self::Fenced(_) => true,
+            Self::Moving => false,
+        }
     }
 }
 
@@ -218,30 +241,14 @@ enum Over {
     Whole,
     /// Somebody or something else has thawed one before.
     Broken,
-    /// One is not known to be over: who comes after us is to know.
+    /// One is not known to be over.
     MayBeFrozen,
 }
 
-impl Over {
-    const fn of(error: &GuardError) -> Self {
-        if error.may_be_frozen() {
-            Self::MayBeFrozen
-        } else {
-            Self::Broken
-        }
-    }
-}
-
-fn note_thaw(watched: &Watched, over: Over) {
-    if over != Over::MayBeFrozen {
-        watched.note_freeze(0);
-    }
-}
-
 /// Thaws them, the last one first. Returns how long writers waited at most.
-fn thaw_all(mut all: Vec<Frozen<'_>>) -> (Duration, Over) {
+fn thaw_all<'a>(all: impl DoubleEndedIterator<Item = Frozen<'a>>) -> (Duration, Over) {
     let (mut longest, mut over) = (Duration::ZERO, Over::Whole);
-    while let Some(one) = all.pop() {
+    for one in all.rev() {
         match one.thaw() {
             // Writers wait from the beginning of the call.
             Ok(thawed) => longest = longest.max(thawed.call.saturating_add(thawed.frozen)),
@@ -249,7 +256,11 @@ fn thaw_all(mut all: Vec<Frozen<'_>>) -> (Duration, Over) {
                 if let GuardError::Expired { frozen } = error {
                     longest = longest.max(frozen);
                 }
-                over = over.max(Over::of(&error));
+                over = over.max(if error.may_be_frozen() {
+                    Over::MayBeFrozen
+                } else {
+                    Over::Broken
+                });
             }
         }
     }

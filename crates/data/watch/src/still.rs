@@ -10,7 +10,7 @@ use blktide_volume::error::Refusal;
 use std::time::Duration;
 
 use crate::ahead::FreezeLimits;
-use crate::evidence::{Completions, has_landed};
+use crate::evidence::Completions;
 use crate::quiet::Quiet;
 use crate::target::Target;
 use crate::tracker::{Watched, refused};
@@ -79,14 +79,14 @@ impl Still<'_> {
         }
         quiet.sync();
         let standing = quiet.begin(watched, &self.limits)?;
-        let dirty = watched.drain();
-        let landed = has_landed(target);
-        if landed {
+        let (dirty, mut still) = watched.drain_still(target, standing.is_quiet());
+        if let Some(marked) = still {
             inside(watched);
+            still = still.filter(|_| watched.is_unmarked_since(marked));
         }
-        let (time, whole) = standing.end(watched);
+        let (time, whole) = standing.end();
         *longest = (*longest).max(time);
-        let why = match (landed, whole) {
+        let why = match (still.is_some(), whole) {
             (true, true) => return Ok(dirty),
             (false, _) => "is written past its file system",
             (true, false) => "was thawed by somebody else",

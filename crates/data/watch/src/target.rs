@@ -152,10 +152,7 @@ impl Target {
 pub(crate) fn writer_of_the_file(device: &BlockDevice) -> Option<Obstacle> {
     let file = device.loop_backing_file()?;
     let writers = blktide_sys::blockdev::writers_of(&file).ok()?;
-    let names: Vec<String> = writers
-        .iter()
-        .map(|w| format!("{} ({})", w.name, w.pid))
-        .collect();
+    let names: Vec<String> = writers.iter().map(ToString::to_string).collect();
     (!names.is_empty()).then(|| Obstacle::FileOpen {
         file,
         by: names.join(", "),

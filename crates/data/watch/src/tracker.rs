@@ -12,7 +12,7 @@ use blktide_format::shared::{SharedError, control, watch};
 use blktide_sys::clock::{SystemClock, SystemRandom};
 use blktide_sys::event::pause;
 use blktide_sys::fs;
-use blktide_types::clock::{Clock, Random, WallTime};
+use blktide_types::clock::{Clock, Instant, Random, WallTime};
 use blktide_types::geometry::Geometry;
 use blktide_types::id::GenerationName;
 use blktide_types::reason::Reason;
@@ -29,6 +29,7 @@ use std::time::Duration;
 use crate::counters::Counters;
 use crate::marks::Marks;
 use crate::memory::PinnedMemory;
+use crate::note::FreezeNote;
 use crate::pins::{Pins, failed};
 use crate::quiet::{LEFT_OVER, thaw_left_over};
 
@@ -106,9 +107,10 @@ impl Watched {
         let since = watched.marks.word(watch::FROZEN_SINCE);
         if since != 0 {
             let age = Duration::from_nanos(SystemClock.now().0.saturating_sub(since));
-            // A freeze that is not complete cannot be thawed yet: then it is tried at the next opening as well.
-            if thaw_left_over(options) || age > LEFT_OVER {
-                watched.note_freeze(0);
+            thaw_left_over(options);
+            // One that is not complete cannot be thawed yet: it is tried at the next opening as well.
+            if age > LEFT_OVER {
+                watched.marks.set_word(watch::FROZEN_SINCE, 0);
             }
         }
         // What a predecessor had closed and not taken; before the first swap (P14).
@@ -156,9 +158,9 @@ impl Watched {
         self.marks.shape().grain
     }
 
-    /// Notes in the kernel's memory that a freeze of ours may have begun; 0: none has.
-    pub(crate) fn note_freeze(&self, since: u64) {
-        self.marks.set_word(watch::FROZEN_SINCE, since);
+    /// Notes in the kernel's memory that a freeze of ours may begin.
+    pub(crate) fn note_freeze(&self, now: Instant) -> FreezeNote {
+        FreezeNote::begin(self.marks.shared(), now.0)
     }
 
     pub(crate) fn fresh(&self) -> GenerationName {
