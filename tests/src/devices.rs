@@ -272,9 +272,11 @@ pub struct Mounted {
 }
 
 impl Mounted {
-    /// Mounts `device` (or a file, then by a loop device of mount's) at `dir`, which is made.
+    /// Mounts `device` (or a file, then by a loop device of mount's) at `dir`, which is made if there is nothing.
     pub fn new(device: &Path, dir: &Path, options: &[&str]) -> Result<Self> {
-        fs::create_dir_all(dir)?;
+        if !dir.exists() {
+            fs::create_dir_all(dir)?;
+        }
         Tool::new("mount")
             .args(options)
             .arg(device)

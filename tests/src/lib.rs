@@ -47,7 +47,8 @@ pub use recorder::{Record, Recorder, UNIT, open_direct, write_block};
 pub use run::{Finished, Running, Tool, kill, pids_naming};
 pub use seed::Seed;
 pub use watch::{
-    Figures, Tracked, Truth, doubt, figure, hide_completions, hide_writes, no_doubt, shell,
+    Figures, Tracked, Truth, doubt, figure, hide_completions, hide_foreign, hide_writes, no_doubt,
+    shell,
 };
 
 /// `short` in CI, `long` under `cargo xtask test --long`.

@@ -273,8 +273,14 @@ pub fn hide_writes(tracked: &Tracked, sectors: u64) -> Result<()> {
     hide(tracked, DONE, sectors)
 }
 
+/// Takes `sectors` off what the programs have seen complete that came by way of the whole disk.
+pub fn hide_foreign(tracked: &Tracked, sectors: u64) -> Result<()> {
+    hide(tracked, FOREIGN_DONE, sectors)
+}
+
 /// Where `watch.bpf.c` counts sectors written: of requests that completed, of bios that were queued.
 const DONE: u32 = 2;
+const FOREIGN_DONE: u32 = 6;
 const QUEUED: u32 = 7;
 
 fn hide(tracked: &Tracked, counter: u32, sectors: u64) -> Result<()> {

@@ -6,8 +6,8 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use blktide_tests::{
-    FileSystem, Instance, LoopDevice, Mounted, Tool, Tracked, Truth, doubt, figure, hide_writes,
-    make_file, no_doubt, put, shell, write_block,
+    FileSystem, Instance, LoopDevice, Mounted, NodeHolder, Tool, Tracked, Truth, doubt, figure,
+    hide_writes, make_file, no_doubt, put, shell, write_block,
 };
 use blktide_volume::VolumeError;
 use blktide_volume::error::Refusal;
@@ -421,6 +421,46 @@ fn a_raw_volume_over_a_stop() -> Result<()> {
         reason.as_deref().is_some_and(|r| known.contains(&r)),
         "{reason:?}"
     );
+    Ok(())
+}
+
+/// req A5, A6: a program that has the node open so that it could write. No fence keeps it away: it is a user like any other, so that
+/// the bitmap is not stored while it is there, and one that was stored is not believed.
+#[test]
+fn a_plain_opener_over_a_stop() -> Result<()> {
+    let disk = Disk::new("x09opener")?;
+    let mut tracked = disk.tracked();
+    // Nobody else writes it while it is not watched, says the administrator. What is seen is stronger.
+    tracked.options_mut().exclusive = true;
+    tracked.attach()?;
+    tracked.believe()?;
+    let holder = NodeHolder::of(disk.node.path(), "<>")?;
+    let busy = tracked
+        .detach(InUse::Refuse)
+        .map_err(anyhow::Error::downcast::<VolumeError>);
+    ensure!(
+        matches!(
+            &busy,
+            Err(Ok(VolumeError::Refused { kind: Refusal::InUse, message })) if message.contains("by sleep (")
+        ),
+        "{busy:?}"
+    );
+    drop(holder);
+    ensure!(tracked.detach(InUse::Refuse)? == Detached::Stored);
+    // Over a start of the machine no count would show what it has written by now.
+    let holder = NodeHolder::of(disk.node.path(), "<>")?;
+    ensure!(tracked.attach()? == Attached::Now);
+    ensure!(
+        reason(&tracked)?.as_deref() == Some("tracking-interrupted"),
+        "{:?}",
+        reason(&tracked)?
+    );
+    drop(holder);
+    // Without it the same is believed.
+    tracked.believe()?;
+    ensure!(tracked.detach(InUse::Refuse)? == Detached::Stored);
+    ensure!(tracked.attach()? == Attached::Now);
+    ensure!(reason(&tracked)?.is_none(), "{:?}", reason(&tracked)?);
     Ok(())
 }
 

@@ -9,9 +9,9 @@
 use anyhow::{Context, Result, bail, ensure};
 use blktide_format::manifest::Consistency;
 use blktide_tests::{
-    Cgroup, FileSystem, Instance, LoopDevice, Mounted, NodeHolder, PlainImage, Tool, Tracked,
-    copy_sparse, figure, hide_completions, in_flight, kill, make_file, open_direct, same_bytes,
-    shell, wait_until, write_block,
+    Cgroup, FileSystem, Frozen, Instance, LoopDevice, Mounted, NodeHolder, PlainImage, Tool,
+    Tracked, copy_sparse, figure, hide_completions, hide_foreign, in_flight, kill, make_file,
+    open_direct, same_bytes, shell, wait_until, write_block,
 };
 use blktide_types::io::{SnapshotRead, SourceError};
 use blktide_types::unit::BlockIndex;
@@ -22,6 +22,7 @@ use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
@@ -166,6 +167,152 @@ fn a_partition_that_no_freeze_reaches() -> Result<()> {
     mounted.unmount()
 }
 
+/// req X5: the same by somebody who is nowhere to be seen (this process, which nobody counts among the others): what is written
+/// between the last marks and the last block read makes the image one of no one moment.
+#[test]
+fn what_is_written_in_the_moment_itself() -> Result<()> {
+    let below = Disk::new("x09light", 96 * MIB)?;
+    let first = below.node.add_partition(1, 2048, 64 * MIB / 512)?;
+    let second = below
+        .node
+        .add_partition(2, 2048 + 64 * MIB / 512, 16 * MIB / 512)?;
+    FileSystem::Ext4.make(&first)?;
+    let mounted = Mounted::new(&first, &below.instance.join("mnt"), &[])?;
+    let tracked = below.tracked()?;
+    let image = below.instance.join("image");
+    let taken = tracked.image(None, FreezeLimits::default(), &image, &mut || Ok(()))?;
+    ensure!(taken.consistency() == Consistency::Frozen);
+    drop(taken);
+    let (over, written) = (AtomicBool::new(false), AtomicU64::new(0));
+    let limits = FreezeLimits {
+        over: OverBudget::Longer,
+        rounds: 3,
+        ..FreezeLimits::default()
+    };
+    let images = std::thread::scope(|scope| -> Result<Vec<Consistency>> {
+        let writer = scope.spawn(|| -> Result<()> {
+            while !over.load(Ordering::Relaxed) {
+                let at = written.fetch_add(1, Ordering::Relaxed) % 2000;
+                write_block(&second, at * 4096, &[7; 4096])?;
+            }
+            Ok(())
+        });
+        let all = wait_until(
+            "it writes",
+            SOON,
+            || Ok(written.load(Ordering::Relaxed) > 0),
+        )
+        .and_then(|()| {
+            let one = |_| {
+                Ok(tracked
+                    .image(None, limits, &image, &mut || Ok(()))?
+                    .consistency())
+            };
+            (0..5).map(one).collect()
+        });
+        over.store(true, Ordering::Relaxed);
+        match writer.join() {
+            Ok(wrote) => wrote.and(all),
+            Err(_) => bail!("the writer died"),
+        }
+    })?;
+    ensure!(images == [Consistency::None; 5], "{images:?}");
+    let taken = tracked.image(None, FreezeLimits::default(), &image, &mut || Ok(()))?;
+    ensure!(taken.consistency() == Consistency::Frozen);
+    drop((taken, tracked));
+    mounted.unmount()
+}
+
+/// req X5: a file system that was mounted when the others had their guards already, and one that cannot be frozen.
+#[test]
+fn a_file_system_that_no_guard_holds() -> Result<()> {
+    let below = Disk::new("x09more", 96 * MIB)?;
+    let first = below.node.add_partition(1, 2048, 32 * MIB / 512)?;
+    let second = below
+        .node
+        .add_partition(2, 2048 + 32 * MIB / 512, 32 * MIB / 512)?;
+    for part in [&first, &second] {
+        FileSystem::Ext4.make(part)?;
+    }
+    let mounted = Mounted::new(&first, &below.instance.join("first"), &[])?;
+    let (tracked, image) = (below.tracked()?, below.instance.join("image"));
+    let ahead = tracked.begin(None)?;
+    let guard = last_round(&ahead)?;
+    let later = Mounted::new(&second, &below.instance.join("second"), &[])?;
+    match ahead.next() {
+        Err(SourceError::Io(error)) => {
+            ensure!(error.to_string().contains("mounted once more"), "{error}");
+        }
+        other => bail!("{other:?}, with the guard {guard}"),
+    }
+    drop(ahead);
+    ensure!(consistency(&tracked, &image)? == Consistency::Frozen);
+    make_file(&later.join("file"), MIB)?;
+    let lone = below.instance.join("lone");
+    make_file(&lone, 0)?;
+    let bound = Mounted::new(&later.join("file"), &lone, &["--bind"])?;
+    later.unmount()?;
+    // Only by a file that is bound somewhere: it goes on while the first is frozen.
+    ensure!(consistency(&tracked, &image)? == Consistency::None);
+    bound.unmount()?;
+    // Not mounted, and held by somebody who could write.
+    let holder = NodeHolder::of(&second, "<>")?;
+    ensure!(consistency(&tracked, &image)? == Consistency::None);
+    drop(holder);
+    ensure!(consistency(&tracked, &image)? == Consistency::Frozen);
+    drop(tracked);
+    mounted.unmount()
+}
+
+/// trap TA15, protocol P14: of what comes to a partition by way of its disk the kernel has no count. A completion of it that was not
+/// seen ends the belief.
+#[test]
+fn a_completion_by_way_of_the_disk() -> Result<()> {
+    let below = Disk::new("x09foreign", 64 * MIB)?;
+    let part = below.node.add_partition(1, 2048, 32 * MIB / 512)?;
+    let beside = below
+        .node
+        .add_partition(2, 2048 + 32 * MIB / 512, 16 * MIB / 512)?;
+    FileSystem::Ext4.make(&part)?;
+    let mounted = Mounted::new(&part, &below.instance.join("mnt"), &[])?;
+    let tracked = Tracked::attached(&below.instance, "data", &part, FINE)?;
+    let (image, truth) = (below.instance.join("image"), below.instance.join("truth"));
+    let full = tracked.image(None, FreezeLimits::default(), &image, &mut || Ok(()))?;
+    ensure!(full.trust(), "its generation is known");
+    let base = full.opened();
+    drop(full);
+    // A block that the file system has no use for, by way of the disk; and one of another partition, which is nobody's business.
+    let end = MIB + 32 * MIB;
+    write_block(below.node.path(), end - 4096, &[3; 4096])?;
+    write_block(&beside, 0, &[4; 4096])?;
+    let second = tracked.image(Some(base), FreezeLimits::default(), &image, &mut || {
+        below.copy_to(&truth)
+    })?;
+    ensure!(second.consistency() == Consistency::Frozen);
+    shell(&format!(
+        "cmp --ignore-initial=0:{MIB} --bytes={} {} {}",
+        32 * MIB,
+        image.display(),
+        truth.display()
+    ))?;
+    let base = second.opened();
+    drop(second);
+    write_block(below.node.path(), end - 8192, &[5; 4096])?;
+    hide_foreign(&tracked, 8)?;
+    let error = tracked
+        .image(Some(base), FreezeLimits::default(), &image, &mut || Ok(()))
+        .err()
+        .context("an image in spite of a completion that nobody saw")?;
+    let distrust = tracked.status()?.distrust.context("it is believed")?;
+    ensure!(
+        distrust.reason == "tracking-interrupted" && distrust.detail.contains("[runs-skipped"),
+        "{error:#}: {distrust:?}"
+    );
+    tracked.believe()?;
+    drop(tracked);
+    mounted.unmount()
+}
+
 /// req X9, protocol P14: completions that the programs were not run for. A write that was queued before a swap may have landed after
 /// the copy that was made in between: every copy since the last image's instant is made again, and the image is the frozen device.
 #[test]
@@ -276,6 +423,39 @@ fn last_round(ahead: &Ahead) -> Result<u32> {
         }
     }
     bail!("no guard was started")
+}
+
+/// trap TE4: a freeze that was given up, and has ended by itself: whoever freezes it next is left alone.
+#[test]
+fn a_freeze_that_was_given_up_and_is_over() -> Result<()> {
+    let (mounted, disk) = Disk::with_ext4("x09over")?;
+    let tracked = disk.tracked()?;
+    tracked.believe()?;
+    let ahead = tracked.begin_with(
+        None,
+        FreezeLimits {
+            patience: Duration::from_millis(50),
+            ..FreezeLimits::default()
+        },
+    )?;
+    let guard = last_round(&ahead)?;
+    kill(guard, "STOP")?;
+    let given_up = ahead.next();
+    kill(guard, "CONT")?;
+    ensure!(given_up.is_err(), "a stopped guard froze it");
+    drop(ahead);
+    wait_until("the guard has ended", SOON, || {
+        Ok(!Path::new(&format!("/proc/{guard}")).exists())
+    })?;
+    let frozen = Frozen::new(mounted.dir())?;
+    drop(tracked.open()?);
+    let thaw = Tool::new("fsfreeze").arg("--unfreeze").arg(mounted.dir());
+    thaw.run()?
+        .ok()
+        .context("somebody else's freeze was thawed")?;
+    drop(frozen);
+    drop(tracked);
+    mounted.unmount()
 }
 
 /// trap TE4: a freeze that was given up comes to be after all, and nobody who knows of it lives: who comes next thaws it.
