@@ -56,6 +56,7 @@ const VM: &[Need] = &[
     ("dmsetup", "dmsetup"),
     ("lvcreate", "lvm2"),
     ("thin_check", "thin-provisioning-tools"),
+    ("mdadm", "mdadm"),
 ];
 
 /// What the tests in virtual machines use. Debian 12 has virtiofsd in a package of QEMU's.

@@ -128,7 +128,7 @@ impl Quiet {
         let path = &options.device;
         let come = |what: &str| {
             let message = format!("{} {what} during the backup", path.display());
-            crate::tracker::refused(Refusal::Busy, message)
+            crate::tracker::refused(Refusal::InUse, message)
         };
         match self {
             Self::Freeze(systems) => {

@@ -88,10 +88,13 @@ impl Still<'_> {
         *longest = (*longest).max(time);
         let why = match (still.is_some(), whole) {
             (true, true) => return Ok(dirty),
-            (false, _) => "is written past its file system",
-            (true, false) => "was thawed by somebody else",
+            (false, _) => "it is written past its file system",
+            (true, false) => "somebody else has thawed it",
         };
-        let message = format!("{} {why}", options.device.display());
-        Err(refused(Refusal::Busy, message))
+        let message = format!(
+            "{}: a moment is needed at which no write is under way, and there was none: {why}",
+            options.device.display()
+        );
+        Err(refused(Refusal::Unwatchable, message))
     }
 }
