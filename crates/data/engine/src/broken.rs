@@ -93,6 +93,9 @@ pub(crate) enum Break {
     /// Copies count although completions went unseen since they were begun.
     #[cfg(loom)]
     UnseenUnchecked,
+    /// A moment is called quiet without a look at whether something was marked in it.
+    #[cfg(loom)]
+    MomentUnwatched,
     /// Generations change outside of a freeze where no completion is seen.
     #[cfg(loom)]
     SwapUnfrozen,

@@ -15,6 +15,10 @@
 //! marks are whole then, set when the write was queued. But a write that was under way at a swap without a freeze is marked
 //! before it is on the device and not after: a copy made in between may be stale. [`Completions`] finds that out.
 //!
+//! **A quiet moment** is one in which nothing was marked, from before the swap until its last block is read ([`Marked`]), no write is
+//! under way, and nobody is known who could write. What comes to a partition by way of its disk is in no count of the kernel's:
+//! what was seen of it queued must have been seen done then.
+//!
 //! **Invariant**: a check that failed has distrusted the tracker before anything else is done.
 
 use blktide_engine::evidence::{Belief, Check, Occasion, Proof, Sectors, Vector};

@@ -6,8 +6,9 @@
 //! | nobody uses it | the fence, for that moment | `unmounted` |
 //! | a program writes it directly, or has it open so that it can | nothing | `none`: parts of it are of different moments |
 //!
-//! The fence keeps mounts and other exclusive users away, and neither keeps away who has opened the node (or another partition of a
-//! disk that is partly mounted) plainly. So whoever closes a generation also sees for himself that no write is under way.
+//! The fence keeps mounts and other exclusive users away, a freeze its own file system; neither keeps away who has a node of the
+//! volume, of its disk or of a partition open plainly. So those are looked for just before, and whoever closes a generation sees
+//! for himself that nothing is written: see [`Watched::drain_still`].
 //!
 //! **Invariant**: while it stands still nothing of ours writes to a file system, logs, or opens a file.
 

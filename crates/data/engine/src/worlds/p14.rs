@@ -3,6 +3,8 @@
 //! The base image has every block as it was at the beginning. Each round copies what its drain found; at the end every block of the
 //! image must be what the device has. So a mark that is merely late is found: the last round drains one bitmap only.
 //!
+//! In the world `moment` somebody writes whom no freeze reaches: the number of marks says whether there was a quiet moment all the same.
+//!
 //! Completions may go unseen. Then the last round finds that fewer were counted than there were, and copies once more all that was
 //! ever drained.
 
@@ -190,6 +192,71 @@ fn run(w: World) {
     }
 }
 
+/// Somebody whom no freeze reaches writes one block and then another. An image whose moment was seen to be quiet has not the second
+/// write without the first, and what it has not is marked in the generation that began there.
+fn moment() {
+    let memory: Arc<dyn Memory> = PlainMemory::new(6);
+    let watch = Arc::new(WatchMarks::small(&memory, 16).unwrap());
+    let device = Arc::new([AtomicU64::new(0), AtomicU64::new(1)]);
+    let events = Arc::new(AtomicU64::new(0));
+    let look = |set: u64, image: &mut [u64; 2]| {
+        for block in (0..2).filter(|b| set >> b & 1 == 1) {
+            image[block] = device[block].load(Relaxed);
+        }
+    };
+    let mut image = [0; 2];
+    look(0b11, &mut image);
+    // Written again since that copy: so the second block is read in the moment.
+    watch.mark(1, 2);
+    let writer = {
+        let (watch, device, events) =
+            (Arc::clone(&watch), Arc::clone(&device), Arc::clone(&events));
+        thread::spawn(move || {
+            let mark = |block| {
+                watch.mark(block, block + 1);
+                events.fetch_add(1, SeqCst);
+            };
+            for block in [0, 1] {
+                mark(block);
+                // It is handed to the device, which tells when it is done.
+                fence(SeqCst);
+                device[usize::try_from(block).unwrap()].store(2, Relaxed);
+                fence(SeqCst);
+                mark(block);
+            }
+        })
+    };
+    let drain = || {
+        let mut found = 0;
+        let end = watch.drain_closed(|_, bits| {
+            found |= bits;
+            ControlFlow::<()>::Continue(())
+        });
+        assert!(end.is_continue());
+        found
+    };
+    let before = events.load(SeqCst);
+    watch.swap();
+    look(drain(), &mut image);
+    // The device has told what was read before anything else is looked at.
+    fence(SeqCst);
+    let quiet = events.load(SeqCst) == before || broken(MomentUnwatched);
+    writer.join().unwrap();
+    assert!(
+        !quiet || image != [0, 2],
+        "an image of no one moment is called quiet"
+    );
+    watch.swap();
+    let later = drain();
+    for (block, copy) in image.iter().enumerate() {
+        let marked = later >> block & 1 == 1;
+        assert!(
+            marked || *copy == device[block].load(Relaxed),
+            "write in no increment"
+        );
+    }
+}
+
 /// Somebody who sees a word cleared looks for its marks in the bank.
 fn order() {
     let memory: Arc<dyn Memory> = PlainMemory::new(6);
@@ -305,6 +372,8 @@ fn p14_holds() {
     }
     print!("order: ");
     explore(None, None, order).unwrap();
+    print!("moment: ");
+    explore(None, Some(3), moment).unwrap();
 }
 
 #[test]
@@ -330,6 +399,8 @@ fn p14_every_rule_left_out_is_found() {
         let violation = with(world, Some(rule), Some(4)).expect_err("not found");
         assert!(violation.contains(found), "{rule:?}: {violation}");
     }
+    let violation = explore(Some(MomentUnwatched), Some(3), moment).expect_err("not found");
+    assert!(violation.contains("of no one moment"), "{violation}");
     let violation = explore(Some(NoAbsorbFence), None, order).expect_err("not found");
     assert!(violation.contains("in neither place"), "{violation}");
 }
