@@ -24,6 +24,7 @@ use blktide_repo::{FolderStore, RepoError, Repository};
 use blktide_sys::blockdev::{self, BlockDevice};
 use blktide_sys::fs;
 use blktide_types::id::{ImageId, RepositoryId, VolumeId};
+use blktide_types::io::RevokeCause;
 use blktide_types::reason::Reason;
 use blktide_volume::VolumeError;
 use blktide_volume::message::{VolumeState, VolumeStatus};
@@ -539,18 +540,35 @@ fn failure(error: &JobError, seen: &Seen, checked: &Checked) -> Failure {
             "Nothing is lost: the next backup covers this one. Make room at {}.",
             checked.path.display()
         )),
-        JobError::SnapshotRevoked { .. } => failure.hint(
-            "No write was lost and no change is forgotten. Enlarge `limit` of the save area, or say `overflow = \"wait\"`.",
-        ),
+        JobError::SnapshotRevoked { cause } => failure.hint(revoked_hint(*cause)),
         JobError::Busy => failure.hint("Writers did not pause for long enough. Try again."),
-        JobError::Cancelled { .. } => {
-            failure.hint("Nothing is lost: the next backup covers it.")
-        }
+        JobError::Cancelled { .. } => failure.hint("Nothing is lost: the next backup covers it."),
         _ if code == FailureCode::NoSuchRepository => failure.hint(format!(
             "Is {} mounted? `blktidectl repo status`",
             checked.path.display()
         )),
         _ => failure,
+    }
+}
+
+const fn revoked_hint(cause: RevokeCause) -> &'static str {
+    match cause {
+        RevokeCause::SaveAreaFull | RevokeCause::WaitLimit | RevokeCause::QueueFull => {
+            "No write was lost and no change is forgotten. Enlarge `limit` of the save area, or say `overflow = \"wait\"`."
+        }
+        RevokeCause::SaveAreaFailed => {
+            "No write was lost and no change is forgotten. Look at the disk of the save area."
+        }
+        RevokeCause::Distrusted => {
+            "No write was lost. The next backup reads everything; `blktidectl status` says why."
+        }
+        RevokeCause::ReaderStalled
+        | RevokeCause::OriginalUnreadable
+        | RevokeCause::ServerDied
+        | RevokeCause::Detached
+        | RevokeCause::Cancelled => {
+            "No write was lost and no change is forgotten: the next backup covers this one."
+        }
     }
 }
 

@@ -7,7 +7,7 @@ SELF=$(realpath "$0")
 . "$(dirname "$SELF")/lib.sh"
 
 if [ -z "${VMRUN:-}" ]; then
-    in_vm --modules fuse,loop,dm-mod --disk 64M,bus=scsi --disk 64M --disk 256M
+    in_vm --modules fuse,loop,dm-mod,vfat,nls_cp437,nls_iso8859-1,nls_ascii,nls_utf8 --disk 64M,bus=scsi --disk 64M --disk 256M
     exit
 fi
 
@@ -62,4 +62,29 @@ said=$(blktidectl backup sda --json) || true
 grep -q "\[stacked" "$LOG" || fail "what is stacked is not named: $said"
 [ "$(value kind)" != incremental ] || fail "believed below a dm device: $said"
 dmsetup remove top
-echo "figure: named: ${told#, }, stacked, holders; a virtio disk's serial number is no reason"
+
+# A disk as a machine is started from: a partition that is frozen, and one of a kind that cannot be. Nothing is written to that one.
+consistency() { [ "$(value consistency)" = "$1" ] || fail "wanted $1: $said"; }
+blktidectl volume remove vda --yes --quiet
+addpart /dev/vda 1 2048 81920
+addpart /dev/vda 2 83968 40960
+mkfs.ext4 -q -F /dev/vda1
+mkfs.vfat -F 32 /dev/vda2 >/dev/null 2>&1
+mkdir /srv/root /srv/esp
+mount /dev/vda1 /srv/root
+mount /dev/vda2 /srv/esp
+blktidectl volume add boot --device /dev/vda --mode watch --yes --quiet
+backup boot full
+consistency instant
+echo changed >/srv/esp/file
+backup boot incremental
+consistency instant
+mount -o remount,ro /srv/esp
+backup boot incremental
+consistency frozen
+umount /srv/esp
+backup boot incremental
+consistency frozen
+restore boot@latest /run/boot.raw
+cmp -i $((83968 * 512)):0 -n $((40960 * 512)) /run/boot.raw /dev/vda2 || fail "the partition that was not frozen is not in the image"
+echo "figure: named: ${told#, }, stacked, holders; a virtio disk's serial number is no reason; a disk with a partition that cannot be frozen: instant"

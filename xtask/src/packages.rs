@@ -57,6 +57,7 @@ const VM: &[Need] = &[
     ("lvcreate", "lvm2"),
     ("thin_check", "thin-provisioning-tools"),
     ("mdadm", "mdadm"),
+    ("mkfs.vfat", "dosfstools"),
 ];
 
 /// What the tests in virtual machines use. Debian 12 has virtiofsd in a package of QEMU's.

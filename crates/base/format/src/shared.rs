@@ -312,8 +312,10 @@ words! {
         18 => VOLUME_ID_1,
         /// Boot clock in nanoseconds when a freeze was about to be asked for; 0: nothing of ours is frozen.
         32 => FROZEN_SINCE,
+        /// Process id of the thaw guard that was asked last.
+        34 => FROZEN_GUARD,
         /// Sectors that came by way of the whole disk and were seen queued, less those that were seen done, when belief began.
-        33 => FOREIGN_LAG,
+        35 => FOREIGN_LAG,
         /// One of two places for the newest sample of the evidence (P14), see `WatchSample`.
         64 => SAMPLE_0,
         /// The other.

@@ -237,18 +237,32 @@ impl BlockDevice {
 
     /// Mounts of its file system, and of those of its partitions.
     pub fn mounts(&self) -> Result<Vec<Mount>> {
-        let (numbers, names) = self.with_partitions()?;
+        let is_of = self.mounted_from_it()?;
         let mut all = mounts::all()?;
-        all.retain(|m| numbers.contains(&m.device) || names.contains(&m.source));
+        all.retain(is_of);
         Ok(all)
     }
 
     /// As [`Self::mounts`], also those that only processes in other mount namespaces see.
     pub fn mounts_anywhere(&self) -> Result<Vec<Reachable>> {
-        let (numbers, names) = self.with_partitions()?;
+        let is_of = self.mounted_from_it()?;
         let mut all = mounts::anywhere()?;
-        all.retain(|r| numbers.contains(&r.mount.device) || names.contains(&r.mount.source));
+        all.retain(|found| is_of(&found.mount));
         Ok(all)
+    }
+
+    /// Whether a mount is of a file system on it or on a partition of it. Of those with a number of their own (btrfs) the source says
+    /// so, which may be any name of the node (`/dev/mapper/…`).
+    fn mounted_from_it(&self) -> Result<impl Fn(&Mount) -> bool> {
+        let (numbers, names) = self.with_partitions()?;
+        Ok(move |mount: &Mount| {
+            let by_source = || {
+                mount.device.major == 0
+                    && mount.source.starts_with("/dev")
+                    && Self::at(&mount.source).is_ok_and(|d| numbers.contains(&d.number))
+            };
+            numbers.contains(&mount.device) || names.contains(&mount.source) || by_source()
+        })
     }
 
     /// The numbers and nodes of it and of its partitions.

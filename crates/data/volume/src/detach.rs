@@ -200,11 +200,13 @@ fn users_of(device: LoopDevice) -> Option<String> {
     if block.is_swap().unwrap_or(false) {
         return Some("it is used as swap".to_owned());
     }
-    if let Some(opener) = block.openers().first() {
-        return Some(format!(
-            "process {} ({}) has it open",
-            opener.pid, opener.name
-        ));
+    match block.openers() {
+        Ok(openers) => {
+            if let Some(opener) = openers.first() {
+                return Some(format!("{opener} has it open"));
+            }
+        }
+        Err(error) => return Some(format!("nobody can tell whether it is open: {error}")),
     }
     match blktide_sys::blockdev::is_unclaimed(&device.node()) {
         Ok(false) => Some("something in the kernel has claimed it".to_owned()),

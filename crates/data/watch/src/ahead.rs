@@ -20,6 +20,7 @@ use blktide_engine::PreparedGeneration;
 use blktide_engine::evidence::Occasion;
 use blktide_format::manifest::Consistency;
 use blktide_sys::clock::SystemClock;
+use blktide_sys::event::pause;
 use blktide_sys::fs;
 use blktide_sys::spawn::Program;
 use blktide_types::clock::{Clock, WallTime};
@@ -48,6 +49,10 @@ const LAST_BYTES_MAX: u64 = 256 << 20;
 const FREEZE_CALL: Duration = Duration::from_millis(20);
 /// How much quicker several readers are than one, at least.
 const QUEUE_GAIN: u64 = 2;
+/// Freezes, at most, in which something is written although nobody should be able to, before that is accepted.
+pub(crate) const UNQUIET_MAX: u32 = 5;
+/// Between two of them that follow each other at once.
+pub(crate) const UNQUIET_PAUSE: Duration = Duration::from_millis(50);
 /// A round that reads less says nothing of the device's speed.
 const TELLING_BYTES: u64 = 4 << 20;
 
@@ -138,6 +143,8 @@ struct State {
     completions: Option<Completions>,
     /// Swaps are in freezes.
     still: bool,
+    /// Freezes in which something was written all the same.
+    unquiet: u32,
     round: u32,
     /// How it will be made to stand still, once the next round is to be the last: guards keep a file system from being unmounted,
     /// and must not do so for the hours of a first copy.
@@ -200,6 +207,7 @@ impl Ahead {
                 drained,
                 completions,
                 still,
+                unquiet: 0,
                 round: 0,
                 quiet: None,
                 speed: None,
@@ -303,7 +311,7 @@ impl Ahead {
                 longest,
                 ..
             } = state;
-            let swapped = how.swap(watched, target, longest, &mut |_| {});
+            let swapped = how.swap(watched, target, longest, None);
             swapped.map_err(source)?
         } else {
             state.watched.drain()
@@ -363,8 +371,12 @@ impl Ahead {
         }
         let (longest, whole) = standing.end();
         state.longest = state.longest.max(longest);
-        let (last, set, was_quiet) = match frozen? {
-            Taken::All(last, set, was_quiet) => (last, set, was_quiet),
+        let (last, set, was) = match frozen? {
+            Taken::All(last, set, was) => (last, set, was),
+            Taken::Unquiet(dirty) => {
+                state.unquiet = state.unquiet.saturating_add(1);
+                return Ok(Next::Copy(dirty));
+            }
             Taken::Doubtful => return Err(SourceError::Revoked(RevokeCause::Distrusted)),
             Taken::Unseen => {
                 state.still = true;
@@ -392,10 +404,10 @@ impl Ahead {
             changed: state.changed.clone(),
             opened: opens,
             instant: wall,
-            consistency: if was_quiet {
-                quiet.consistency()
-            } else {
-                Consistency::None
+            consistency: match was {
+                Moment::Alone => quiet.consistency(),
+                Moment::Beside => Consistency::Instant,
+                Moment::None => Consistency::None,
             },
             longest_freeze: state.longest,
             last_blocks: set,
@@ -423,6 +435,7 @@ impl Ahead {
         (room, memory): (u64, blktide_sys::buffer::AlignedBuffer),
         prepared: &PreparedGeneration,
     ) -> Result<Taken, SourceError> {
+        let alone = standing.is_alone();
         let (dirty, mut still) = state.drain_still(standing);
         // Where writers go on, only the next sample that is quiet by chance can tell: see `Belief::open_question`.
         if still.is_some()
@@ -440,12 +453,14 @@ impl Ahead {
         // Not a moment if something was written in it, by whomever.
         still = still.filter(|marked| state.watched.is_unmarked_since(*marked));
         let quiet = still.is_some();
-        if state.still && !quiet {
-            return Err(SourceError::Io(io::Error::other(
-                "a moment is needed at which no write is under way, and there was none: it is written past its file system",
-            )));
+        if !quiet && alone && state.unquiet < UNQUIET_MAX {
+            return Ok(Taken::Unquiet(dirty));
         }
-        if !state.watched.check(&state.target, closing(quiet)) {
+        let sure = quiet && (alone || state.watched.all_is_done(&state.target));
+        if state.still && !sure {
+            return Err(no_moment());
+        }
+        if !state.watched.check(&state.target, closing(sure)) {
             return Ok(Taken::Doubtful);
         }
         state
@@ -453,7 +468,12 @@ impl Ahead {
             .control
             .open_prepared(prepared)
             .map_err(|e| source(engine_error(e)))?;
-        Ok(Taken::All(last, dirty, quiet))
+        let moment = match (quiet, alone) {
+            (true, true) => Moment::Alone,
+            (true, false) => Moment::Beside,
+            (false, _) => Moment::None,
+        };
+        Ok(Taken::All(last, dirty, moment))
     }
 
     /// Opens the next generation in a short freeze, for an instant that somebody else keeps and that comes after it. Returns its name.
@@ -470,12 +490,24 @@ impl Ahead {
             .control
             .prepare_generation(opens, SystemClock.wall(), self.base)
             .map_err(|e| source(engine_error(e)))?;
-        let standing = quiet.begin(&state.watched, &self.limits).map_err(source)?;
-        let (_, still) = state.drain_still(&standing);
-        let quiet = still.is_some();
+        let (standing, quiet) = loop {
+            let standing = quiet.begin(&state.watched, &self.limits).map_err(source)?;
+            let (_, still) = state.drain_still(&standing);
+            if still.is_some() || !standing.is_alone() || state.unquiet >= UNQUIET_MAX {
+                let alone = standing.is_alone();
+                let sure = || alone || state.watched.all_is_done(&state.target);
+                break (standing, still.is_some() && sure());
+            }
+            state.unquiet = state.unquiet.saturating_add(1);
+            state.longest = state.longest.max(standing.end().0);
+            drop(pause(UNQUIET_PAUSE));
+        };
         // Where nobody tells when a write is done, an instant without such a moment is none.
-        let believed =
-            (quiet || !state.still) && state.watched.check(&state.target, closing(quiet));
+        if state.still && !quiet {
+            state.longest = state.longest.max(standing.end().0);
+            return Err(no_moment());
+        }
+        let believed = state.watched.check(&state.target, closing(quiet));
         let opened = believed.then(|| state.watched.control.open_prepared(&prepared));
         let (longest, whole) = standing.end();
         state.longest = state.longest.max(longest);
@@ -506,10 +538,24 @@ impl Ahead {
     }
 }
 
+/// What an instant was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Moment {
+    /// Nothing was written, and nobody could.
+    Alone,
+    /// Nothing was written.
+    Beside,
+    /// It was none.
+    None,
+}
+
 /// What a freeze has brought.
 enum Taken {
-    /// All that was left, and whether no write was under way.
-    All(Last, BlockSet, bool),
+    /// All that was left, and what the moment was.
+    All(Last, BlockSet, Moment),
+    /// Something was written although nobody should have been able to: once more, for it may have been the last of what was
+    /// queued long before (discards).
+    Unquiet(BlockSet),
     /// More was left than there was room or time for.
     TooMuch(BlockSet),
     /// The evidence says that something was written unseen.
@@ -529,7 +575,7 @@ const fn closing(quiet: bool) -> Occasion {
 impl State {
     /// Swaps and drains while it stands still: see [`Watched::drain_still`].
     fn drain_still(&mut self, standing: &Standing<'_>) -> (BlockSet, Option<Marked>) {
-        let alone = standing.is_quiet();
+        let alone = standing.is_alone();
         let (dirty, still) = self.watched.drain_still(&self.target, alone);
         self.add(&dirty);
         (dirty, still)
@@ -548,6 +594,12 @@ impl State {
 fn per_second(bytes: u64, time: Duration) -> u64 {
     let nanos = time.as_nanos().max(1);
     u64::try_from(u128::from(bytes) * 1_000_000_000 / nanos).unwrap_or(u64::MAX)
+}
+
+fn no_moment() -> SourceError {
+    SourceError::Io(io::Error::other(
+        "a moment is needed at which no write is under way, and there was none: it is written past its file system",
+    ))
 }
 
 fn source(error: VolumeError) -> SourceError {

@@ -331,7 +331,7 @@ impl Watched {
         self.engine.set_word(control::STATE, DETACHING);
         bitmap::close(&options, &device, &self.engine, &self.control)?;
         // The fence keeps mounts away, not somebody who opens the node and writes, now or when nothing marks any more.
-        let came = !writers_of(&options)?.is_empty();
+        let came = writers_of(&options).map_or(true, |writers| !writers.is_empty());
         let (reason, error) = if !self.drain().is_empty() {
             let path = options.device.display();
             let message = format!("{path} was written while its bitmap was being stored");

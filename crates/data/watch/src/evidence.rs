@@ -47,6 +47,8 @@ const READINGS: u32 = 20;
 const READINGS_FOR_BASE: u32 = 400;
 /// Looks, at most, and the time between two, until no write is seen under way.
 const LANDING_TRIES: u32 = 100;
+/// Looks, at most, whether all that was queued is done: what was may just be being counted.
+const ALL_DONE_TRIES: u32 = 5;
 /// Drains, at most, in one freeze: what was under way when it began (a file system's discards) is done in its course.
 const STRAGGLER_TRIES: u32 = 3;
 
@@ -126,7 +128,7 @@ impl Watched {
         };
         let sampled = self.sample_until_still(target, tries);
         let still = sampled.is_some_and(|(_, still)| still);
-        let lost_foreign = !target.bio_based && sampled.is_some_and(|(s, _)| self.lags(&s));
+        let lost_foreign = sampled.is_some_and(|(s, _)| self.lags(target, &s));
         occasion = match occasion {
             Occasion::Between if still && !lost_foreign => Occasion::Pause,
             // Somebody is at it whom nobody has seen.
@@ -169,8 +171,8 @@ impl Watched {
 
     /// Whether a write that came by way of the whole disk is under way, or was not seen to complete: no count of the kernel's shows
     /// that.
-    fn lags(&self, sampled: &Sampled) -> bool {
-        sampled.foreign_lag != self.marks.word(watch::FOREIGN_LAG)
+    fn lags(&self, target: &Target, sampled: &Sampled) -> bool {
+        !target.bio_based && sampled.foreign_lag != self.marks.word(watch::FOREIGN_LAG)
     }
 
     /// From here on it is believed again, as far as it can be: nothing that went before is. `quiet`: nobody can be writing.
@@ -285,16 +287,29 @@ impl Watched {
         false
     }
 
+    /// Whether all that was queued is counted as done, by whomever it was written: also what waits for a scheduler, where no count of
+    /// requests shows it.
+    pub(crate) fn all_is_done(&self, target: &Target) -> bool {
+        let is_done = || {
+            let now = self.sample(target)?;
+            Some(now.vector.all_queued_is_done() && !self.lags(target, &now))
+        };
+        (0..ALL_DONE_TRIES).any(|_| is_done().unwrap_or(false))
+    }
+
     fn writes_under_way(&self, target: &Target) -> Option<u64> {
-        let by_disk = self.counters.read().ok()?.foreign_queued > 0;
+        // The disk of a partition counts its other partitions as well, if it has requests: it is asked only if need be.
+        let lag = self.counters.read().ok()?.foreign_lag();
+        let by_disk = lag != self.marks.word(watch::FOREIGN_LAG);
         let device = BlockDevice::at(&target.path).ok()?;
         device.writes_under_way(by_disk).ok()
     }
 
     /// Swaps and drains where nobody is to be writing; and whether nobody did: then the number of marks, which must not move as long as
-    /// that is to hold (see [`Self::is_unmarked_since`]). What was closed has landed then.
+    /// that is to hold (see [`Self::is_unmarked_since`]).
     ///
-    /// `alone`: as far as is known nobody can write. If not, nothing is waited for.
+    /// `alone`: as far as is known nobody can write; then what was closed has landed. If not, a write may still wait for a scheduler
+    /// ([`Self::all_is_done`]) and be marked once more when it is done; of a device without requests nothing can be said.
     pub(crate) fn drain_still(
         &mut self,
         target: &Target,
@@ -304,7 +319,7 @@ impl Watched {
         for _ in 0..STRAGGLER_TRIES {
             let before = self.counters.events().ok().map(Marked);
             dirty.union_with(&self.drain());
-            if !alone || !self.has_landed(target) {
+            if !alone && target.bio_based || !self.has_landed(target) {
                 break;
             }
             // What was done since is marked, some of it maybe in what is live now.

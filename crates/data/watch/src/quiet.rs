@@ -4,7 +4,8 @@
 //! |---|---|---|
 //! | a file system is mounted from it | freezing it (each, for a disk with several) | `frozen` |
 //! | nobody uses it | the fence, for that moment | `unmounted` |
-//! | a program writes it directly, or has it open so that it can | nothing | `none`: parts of it are of different moments |
+//! | a program can write it directly, or a file system cannot be frozen, and nothing is written | nothing | `instant` |
+//! | the same, and something is | nothing | `none`: parts of it are of different moments |
 //!
 //! The fence keeps mounts and other exclusive users away, a freeze its own file system; neither keeps away who has a node of the
 //! volume, of its disk or of a partition open plainly. So those are looked for just before, and whoever closes a generation sees
@@ -13,7 +14,7 @@
 //! **Invariant**: while it stands still nothing of ours writes to a file system, logs, or opens a file.
 
 use blktide_format::manifest::Consistency;
-use blktide_sys::blockdev::{BlockDevice, thaw};
+use blktide_sys::blockdev::{BlockDevice, FreezeError, thaw};
 use blktide_sys::clock::SystemClock;
 use blktide_sys::fence::Fenced;
 use blktide_sys::fs;
@@ -67,10 +68,21 @@ pub(crate) fn thaw_left_over(options: &VolumeOptions) {
     }
 }
 
-/// A file system that can be frozen.
+/// Whether a kind of file system can be frozen (vfat and squashfs cannot).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Freezing {
+    /// As far as is known.
+    Can,
+    Cannot,
+}
+
+/// A file system that is to be frozen.
 #[derive(Debug)]
 pub(crate) struct Mounted {
     number: DeviceNumber,
+    /// Nobody can write through any of its mounts.
+    read_only: bool,
+    freezing: Freezing,
     guard: Guard,
     /// For syncing it.
     folder: OwnedFd,
@@ -86,8 +98,10 @@ impl Quiet {
         let mut systems: Vec<Mounted> = Vec::new();
         for mount in &mounts {
             if !is_one_of(&systems, mount)
-                && let Some(mounted) = Mounted::of(mount, program)?
+                && let Some(mut mounted) = Mounted::of(mount, program)?
             {
+                let mut its = mounts.iter().filter(|m| m.mount.device == mounted.number);
+                mounted.read_only = its.all(|m| m.mount.read_only);
                 systems.push(mounted);
             }
         }
@@ -100,7 +114,7 @@ impl Quiet {
         })
     }
 
-    /// What an image of such a moment is.
+    /// What an image is of a moment at which nobody else can write.
     pub(crate) const fn consistency(&self) -> Consistency {
         match self {
             Self::Freeze(_) => Consistency::Frozen,
@@ -136,7 +150,7 @@ impl Quiet {
                 if !mounts_of(options)?.iter().all(|m| is_one_of(systems, m)) {
                     return Err(come("was mounted once more"));
                 }
-                let alone = writers_of(options)?.is_empty();
+                let mut alone = writers_of(options)?.is_empty();
                 // Said before, so that whoever comes after us and our guards knows.
                 let note = watched.note_freeze(SystemClock.now());
                 let patience = limits.patience.min(PATIENCE_MAX);
@@ -144,12 +158,11 @@ impl Quiet {
                 // Nothing is asked of the memory from here on.
                 let mut all = Vec::with_capacity(systems.len());
                 let failed = systems.iter_mut().find_map(|mounted| {
-                    let asked = mounted.guard.ask_to_freeze(limits.limit, patience);
+                    let asked = mounted.freeze(limits.limit, patience, &note);
                     asked.map(|call| calls.push(call)).err()
                 });
                 if let Some(error) = failed {
-                    let (_, over) =
-                        thaw_all(systems.iter_mut().zip(calls.iter().copied()).map(frozen));
+                    let (_, over) = thaw_all(frozen(systems, calls.iter().copied()));
                     if over != Over::MayBeFrozen
                         && let Some(mounted) = systems.get_mut(calls.len())
                     {
@@ -157,7 +170,10 @@ impl Quiet {
                     }
                     return Err(io_at("freeze", path)(error));
                 }
-                all.extend(systems.iter_mut().zip(calls).map(frozen));
+                alone &= systems
+                    .iter()
+                    .all(|s| s.freezing == Freezing::Can || s.read_only);
+                all.extend(frozen(systems, calls.into_iter()));
                 Ok(Standing::Frozen { all, note, alone })
             }
             Self::Fence => match fence(options)? {
@@ -173,8 +189,13 @@ impl Quiet {
     }
 }
 
-const fn frozen((mounted, call): (&mut Mounted, Duration)) -> Frozen<'_> {
-    mounted.guard.frozen(call)
+/// Those that were frozen, by calls that took so long.
+fn frozen<C>(systems: &mut [Mounted], calls: C) -> impl DoubleEndedIterator<Item = Frozen<'_>>
+where
+    C: DoubleEndedIterator<Item = Option<Duration>> + ExactSizeIterator,
+{
+    let pairs = systems.iter_mut().zip(calls);
+    pairs.filter_map(|(mounted, call)| Some(mounted.guard.frozen(call?)))
 }
 
 fn is_one_of(systems: &[Mounted], mount: &Reachable) -> bool {
@@ -182,6 +203,26 @@ fn is_one_of(systems: &[Mounted], mount: &Reachable) -> bool {
 }
 
 impl Mounted {
+    /// How long the call took; `None`: it is of a kind that cannot be frozen, and goes on.
+    fn freeze(
+        &mut self,
+        limit: Duration,
+        patience: Duration,
+        note: &FreezeNote,
+    ) -> Result<Option<Duration>, GuardError> {
+        if self.freezing == Freezing::Cannot {
+            return Ok(None);
+        }
+        note.asks(self.guard.pid());
+        match self.guard.ask_to_freeze(limit, patience) {
+            Err(GuardError::Freeze(FreezeError::NotSupported)) => {
+                self.freezing = Freezing::Cannot;
+                Ok(None)
+            }
+            asked => asked.map(Some),
+        }
+    }
+
     fn of(mount: &Reachable, program: &Program) -> Result<Option<Self>, VolumeError> {
         // A mount of a single file; another one of the same file system will do.
         let Ok(folder) = mount.open() else {
@@ -190,6 +231,8 @@ impl Mounted {
         let copy = folder.try_clone().map_err(io_at("open", &mount.path))?;
         Ok(Some(Self {
             number: mount.mount.device,
+            read_only: false,
+            freezing: Freezing::Can,
             guard: Guard::start(program, copy)
                 .map_err(io_at("start the thaw guard of", &mount.path))?,
             folder,
@@ -203,7 +246,7 @@ pub(crate) enum Standing<'a> {
     Frozen {
         all: Vec<Frozen<'a>>,
         note: FreezeNote,
-        /// As far as is known nobody writes past the file systems.
+        /// As far as is known nobody else can write: not past the file systems, nor through one that cannot be frozen.
         alone: bool,
     },
     Fenced(#[expect(dead_code, reason = "held, not used")] Fenced),
@@ -226,7 +269,7 @@ impl Standing<'_> {
     }
 
     /// Whether nobody can write to it, as far as is known: whether nobody does is to be seen.
-    pub(crate) const fn is_quiet(&self) -> bool {
+    pub(crate) const fn is_alone(&self) -> bool {
         match self {
             Self::Frozen { alone, .. } => *alone,
             Self::Fenced(_) => true,

@@ -3,13 +3,15 @@
 //! **Invariant**: what such a swap has closed is on the device when it returns. What it has drained is in the tracker's open
 //! generation, whether it could be had or not.
 
+use blktide_sys::event::pause;
 use blktide_sys::spawn::Program;
 use blktide_types::set::BlockSet;
 use blktide_volume::VolumeError;
 use blktide_volume::error::Refusal;
 use std::time::Duration;
 
-use crate::ahead::FreezeLimits;
+use crate::ahead::{FreezeLimits, UNQUIET_MAX, UNQUIET_PAUSE};
+use crate::attach::writers_of;
 use crate::evidence::Completions;
 use crate::quiet::Quiet;
 use crate::target::Target;
@@ -32,7 +34,7 @@ impl Still<'_> {
     ) -> Result<(Option<Completions>, BlockSet), VolumeError> {
         let mut completions = watched.completions(target);
         let swapped = if target.bio_based {
-            self.swap(watched, target, longest, &mut |_| {})?
+            self.swap(watched, target, longest, None)?
         } else {
             watched.drain()
         };
@@ -42,10 +44,11 @@ impl Still<'_> {
         drained.union_with(&swapped);
         if watched.distrusted().is_some() {
             // Nothing says what is under way: a moment at which nothing is, and the evidence begins there.
-            let begun = self.swap(watched, target, longest, &mut |watched| {
+            let mut anew = |watched: &mut Watched| {
                 watched.begin_anew(target, true);
                 completions = watched.completions(target);
-            });
+            };
+            let begun = self.swap(watched, target, longest, Some(&mut anew));
             drained = match begun {
                 Ok(more) => more,
                 Err(VolumeError::Refused { .. }) => {
@@ -58,7 +61,10 @@ impl Still<'_> {
         Ok((completions, drained))
     }
 
-    /// Swaps and drains inside a freeze, in which `inside` is called.
+    /// Swaps and drains inside a freeze.
+    ///
+    /// `begin` is called in it, and begins the evidence. Should a write have waited for a scheduler then, its end is one sector too many
+    /// of the kernel's, and the first completion that goes unseen ends the belief.
     ///
     /// Errors: `Refused`: it cannot be made to stand still, or did not until the end.
     pub(crate) fn swap(
@@ -66,7 +72,7 @@ impl Still<'_> {
         watched: &mut Watched,
         target: &Target,
         longest: &mut Duration,
-        inside: &mut dyn FnMut(&mut Watched),
+        mut begin: Option<&mut dyn FnMut(&mut Watched)>,
     ) -> Result<BlockSet, VolumeError> {
         let options = watched.options.clone();
         let mut quiet = Quiet::of(&options, self.guard)?;
@@ -77,17 +83,45 @@ impl Still<'_> {
             );
             return Err(refused(Refusal::Unwatchable, message));
         }
-        quiet.sync();
-        let standing = quiet.begin(watched, &self.limits)?;
-        let (dirty, mut still) = watched.drain_still(target, standing.is_quiet());
-        if let Some(marked) = still {
-            inside(watched);
-            still = still.filter(|_| watched.is_unmarked_since(marked));
+        let writers = writers_of(&options)?;
+        if target.bio_based && !writers.is_empty() {
+            let names: Vec<String> = writers.iter().map(ToString::to_string).collect();
+            let message = format!(
+                "{} is open for writing by {}, and a moment is needed at which no write is under way",
+                options.device.display(),
+                names.join(", ")
+            );
+            return Err(refused(Refusal::Unwatchable, message));
         }
-        let (time, whole) = standing.end();
-        *longest = (*longest).max(time);
+        let mut all = BlockSet::new(watched.geometry().block_count());
+        let mut tries = 0;
+        let (still, whole) = loop {
+            tries += 1;
+            quiet.sync();
+            let standing = quiet.begin(watched, &self.limits)?;
+            let alone = standing.is_alone();
+            let (dirty, mut still) = watched.drain_still(target, alone);
+            all.union_with(&dirty);
+            if let Some(marked) = still {
+                let sure = match &mut begin {
+                    Some(begin) => {
+                        begin(watched);
+                        true
+                    }
+                    None => alone || watched.all_is_done(target),
+                };
+                still = still.filter(|_| sure && watched.is_unmarked_since(marked));
+            }
+            let (time, whole) = standing.end();
+            *longest = (*longest).max(time);
+            if still.is_some() && whole || !alone || tries >= UNQUIET_MAX {
+                break (still, whole);
+            }
+            // What was queued long before (discards) may have an end.
+            drop(pause(UNQUIET_PAUSE));
+        };
         let why = match (still.is_some(), whole) {
-            (true, true) => return Ok(dirty),
+            (true, true) => return Ok(all),
             (false, _) => "it is written past its file system",
             (true, false) => "somebody else has thawed it",
         };

@@ -29,7 +29,7 @@ use std::time::Duration;
 use crate::counters::Counters;
 use crate::marks::Marks;
 use crate::memory::PinnedMemory;
-use crate::note::FreezeNote;
+use crate::note::{FreezeNote, LeftOver};
 use crate::pins::{Pins, failed};
 use crate::quiet::{LEFT_OVER, thaw_left_over};
 
@@ -104,12 +104,11 @@ impl Watched {
         watched.lock = Some(lock);
         let fresh = (watched.fresh(), SystemClock.wall());
         watched.control.adopt(fresh);
-        let since = watched.marks.word(watch::FROZEN_SINCE);
-        if since != 0 {
-            let age = Duration::from_nanos(SystemClock.now().0.saturating_sub(since));
+        let head = |index| watched.marks.word(index);
+        if let Some(left) = LeftOver::of(&head, SystemClock.now()) {
             thaw_left_over(options);
             // One that is not complete cannot be thawed yet: it is tried at the next opening as well.
-            if age > LEFT_OVER {
+            if left.is_over(LEFT_OVER) {
                 watched.marks.set_word(watch::FROZEN_SINCE, 0);
             }
         }

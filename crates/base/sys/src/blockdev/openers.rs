@@ -3,7 +3,9 @@
 use super::{BlockDevice, names_in, read_trimmed};
 use crate::Result;
 use crate::error::SysError;
-use crate::mounts::DeviceNumber;
+use crate::mounts::{self, DeviceNumber};
+use std::collections::HashSet;
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -29,12 +31,12 @@ impl std::fmt::Display for Opener {
 pub fn openers_of(path: &Path) -> Result<Vec<Opener>> {
     let wanted = std::fs::metadata(path).map_err(|e| SysError::call("stat", path, e))?;
     if wanted.file_type().is_block_device() {
-        return Ok(BlockDevice::at(path)?.openers());
+        return BlockDevice::at(path)?.openers();
     }
     let id = (wanted.dev(), wanted.ino());
-    Ok(openers(|fd| {
+    openers(|fd| {
         leads_to_name_of(fd, path) && std::fs::metadata(fd).is_ok_and(|m| (m.dev(), m.ino()) == id)
-    }))
+    })
 }
 
 /// Those that can write to it by what they have open. What the kernel itself has open (a loop device) is not told.
@@ -43,13 +45,13 @@ pub fn writers_of(path: &Path) -> Result<Vec<Opener>> {
     let id = (wanted.dev(), wanted.ino());
     // A hard link has another name, and the same inode. Only what may be it is asked: see `openers`.
     let inode = wanted.ino().to_string();
-    Ok(openers(|fd| {
+    openers(|fd| {
         let may_be =
             leads_to_name_of(fd, path) || fact_of(fd, "ino:").is_some_and(|ino| ino == inode);
         may_be
             && std::fs::metadata(fd).is_ok_and(|m| (m.dev(), m.ino()) == id)
             && is_for_writing(fd)
-    }))
+    })
 }
 
 fn leads_to_name_of(fd: &Path, path: &Path) -> bool {
@@ -70,43 +72,75 @@ fn fact_of(fd: &Path, name: &str) -> Option<String> {
     Some(value.trim().to_owned())
 }
 
-/// The block device that a descriptor, named below `/proc/PID/fd`, is open on. Only what lies below `/dev`, or has one of these
-/// names (the nodes of another mount namespace have no such path), is looked at.
-fn device_open_as(fd: &Path, names: &[PathBuf]) -> Option<DeviceNumber> {
-    let to = std::fs::read_link(fd).ok()?;
-    let has_its_name = || names.iter().any(|name| name.file_name() == to.file_name());
-    if !to.starts_with("/dev") && !has_its_name() {
-        return None;
+/// File systems that answer out of this machine's memory and disks: asking them of a file waits for nobody.
+const LOCAL: [&str; 15] = [
+    "devtmpfs", "tmpfs", "ramfs", "rootfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs",
+    "bcachefs", "zfs", "overlay", "squashfs", "erofs",
+];
+
+/// Where nodes of devices may lie, and what those of some devices are called.
+struct Nodes {
+    /// Numbers of mounts, in whatever namespace.
+    local: HashSet<u64>,
+    names: Vec<PathBuf>,
+}
+
+impl Nodes {
+    fn of(names: Vec<PathBuf>) -> Result<Self> {
+        let all = mounts::anywhere()?.into_iter().map(|found| found.mount);
+        let local = all.filter(|mount| LOCAL.contains(&mount.kind.as_str()));
+        Ok(Self {
+            local: local.map(|mount| mount.id).collect(),
+            names,
+        })
     }
-    let found = std::fs::metadata(fd).ok()?;
-    let is_block = found.file_type().is_block_device();
-    is_block.then(|| DeviceNumber::from_raw(found.rdev()))
+
+    /// The block device that a descriptor, named below `/proc/PID/fd`, is open on. Nodes that lie on network or user-space file
+    /// systems are not found, unless they bear one of the names.
+    fn device_open_as(&self, fd: &Path) -> Option<DeviceNumber> {
+        let to = std::fs::read_link(fd).ok()?;
+        let is_local = || {
+            let mount = fact_of(fd, "mnt_id:").and_then(|id| id.parse().ok());
+            mount.is_some_and(|id: u64| self.local.contains(&id))
+        };
+        let has_its_name = || self.names.iter().any(|n| n.file_name() == to.file_name());
+        if !to.is_absolute() || !(to.starts_with("/dev") || has_its_name() || is_local()) {
+            return None;
+        }
+        let found = std::fs::metadata(fd).ok()?;
+        let is_block = found.file_type().is_block_device();
+        is_block.then(|| DeviceNumber::from_raw(found.rdev()))
+    }
 }
 
 impl BlockDevice {
     /// Processes that have this device open, with why: seen in /proc/*/fd, so only what root may see.
-    pub fn openers(&self) -> Vec<Opener> {
-        openers(|fd| device_open_as(fd, &[self.node()]) == Some(self.number))
+    pub fn openers(&self) -> Result<Vec<Opener>> {
+        let nodes = Nodes::of(vec![self.node()])?;
+        openers(|fd| nodes.device_open_as(fd) == Some(self.number))
     }
 
     /// Who can write to it without a file system of its own: processes that have a node of it, of its disk or of a partition of it
     /// open for writing (this one is left out), and loop devices over such a node (with the number 0). Other users within the
     /// kernel that claim nothing (nvmet) are not told.
+    ///
+    /// Errors: not every process could be looked at.
     pub fn writers(&self) -> Result<Vec<Opener>> {
         let (mut numbers, mut names) = self.with_partitions()?;
         let disk = self.whole_disk()?;
         numbers.push(disk.number);
         names.push(disk.node());
+        let nodes = Nodes::of(names)?;
         let is_one = |n| numbers.contains(&n);
         let mut all =
-            openers(|fd| device_open_as(fd, &names).is_some_and(is_one) && is_for_writing(fd));
+            openers(|fd| nodes.device_open_as(fd).is_some_and(is_one) && is_for_writing(fd))?;
         let own = i32::try_from(std::process::id()).unwrap_or(0);
         all.retain(|opener| opener.pid != own);
         for name in names_in(Path::new("/sys/block"))? {
             let Ok(over) = Self::of_name(&name) else {
                 continue;
             };
-            let below = over.loop_backing_file().filter(|p| p.starts_with("/dev"));
+            let below = over.loop_backing_file().filter(|path| is_local(path));
             let below = below.and_then(|path| Self::at(&path).ok());
             if below.is_some_and(|b| numbers.contains(&b.number))
                 && !over.is_read_only().unwrap_or(false)
@@ -118,11 +152,28 @@ impl BlockDevice {
     }
 }
 
+/// Whether a path, as this process sees it, lies on a file system that can be asked.
+fn is_local(path: &Path) -> bool {
+    let mounts = mounts::all().unwrap_or_default();
+    // Of two at the same place the later one lies on the earlier.
+    let lies_on = mounts.iter().filter(|m| path.starts_with(&m.at));
+    let deepest = lies_on.max_by_key(|m| m.at.components().count());
+    deepest.is_some_and(|mount| LOCAL.contains(&mount.kind.as_str()))
+}
+
 /// Processes with a descriptor (named below `/proc/PID/fd`) that `is_it`. That one must not ask file systems at random: stat(2) on a
-/// file of one that hangs never returns.
-fn openers(is_it: impl Fn(&Path) -> bool) -> Vec<Opener> {
+/// file of one that hangs never returns. (Threads that have a table of descriptors for themselves are not looked at.)
+///
+/// Errors: a process that is there may not be looked at, or this one has no descriptor left to do it with.
+fn openers(is_it: impl Fn(&Path) -> bool) -> Result<Vec<Opener>> {
+    let fail = |path: &Path| {
+        let path = path.to_owned();
+        move |e: io::Error| SysError::call("readdir", path, e)
+    };
     let mut found = Vec::new();
-    for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+    let proc = Path::new("/proc");
+    for process in std::fs::read_dir(proc).map_err(fail(proc))? {
+        let process = process.map_err(fail(proc))?;
         let Some(pid) = process
             .file_name()
             .to_str()
@@ -130,12 +181,29 @@ fn openers(is_it: impl Fn(&Path) -> bool) -> Vec<Opener> {
         else {
             continue;
         };
-        let open = std::fs::read_dir(process.path().join("fd"));
-        let mut open = open.into_iter().flatten().flatten();
-        if open.any(|fd| is_it(&fd.path())) {
+        let folder = process.path().join("fd");
+        let mut has = false;
+        match std::fs::read_dir(&folder) {
+            Ok(open) => {
+                for fd in open {
+                    match fd {
+                        Ok(fd) => has |= is_it(&fd.path()),
+                        Err(e) if has_ended(&e) => break,
+                        Err(e) => return Err(fail(&folder)(e)),
+                    }
+                }
+            }
+            Err(e) if has_ended(&e) => {}
+            Err(e) => return Err(fail(&folder)(e)),
+        }
+        if has {
             let name = read_trimmed(&process.path().join("comm")).unwrap_or_default();
             found.push(Opener { pid, name });
         }
     }
-    found
+    Ok(found)
+}
+
+fn has_ended(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }

@@ -125,6 +125,12 @@ impl Vector {
         self.kernel.beyond(self.queued_base)
     }
 
+    /// Whether the kernel has counted the end of all that we saw queued: then nothing is under way, wherever it might wait. (A write that was
+    /// queued twice, because the first time there was no room for it, makes this false for ever.)
+    pub fn all_queued_is_done(&self) -> bool {
+        self.counted_of_queued() == self.queued
+    }
+
     /// Whether the kernel has counted what neither of our counts has.
     const fn unseen(&self) -> bool {
         self.counted().exceeds(self.own) && self.counted_of_queued().exceeds(self.queued)
