@@ -312,7 +312,7 @@ impl Ahead {
                 ..
             } = state;
             let swapped = how.swap(watched, target, longest, None);
-            swapped.map_err(source)?
+            swapped.map_err(source)?.dirty
         } else {
             state.watched.drain()
         };

@@ -23,6 +23,14 @@ pub(crate) struct Still<'a> {
     pub(crate) limits: FreezeLimits,
 }
 
+/// What a swap has brought.
+pub(crate) struct Swapped {
+    /// What was drained.
+    pub(crate) dirty: BlockSet,
+    /// Nobody else could have written.
+    alone: bool,
+}
+
 impl Still<'_> {
     /// The first swap of an image, and what is believed of the marks from then on; the completions seen so far, and what may have
     /// been under way.
@@ -34,7 +42,7 @@ impl Still<'_> {
     ) -> Result<(Option<Completions>, BlockSet), VolumeError> {
         let mut completions = watched.completions(target);
         let swapped = if target.bio_based {
-            self.swap(watched, target, longest, None)?
+            self.swap(watched, target, longest, None)?.dirty
         } else {
             watched.drain()
         };
@@ -50,7 +58,9 @@ impl Still<'_> {
             };
             let begun = self.swap(watched, target, longest, Some(&mut anew));
             drained = match begun {
-                Ok(more) => more,
+                Ok(swapped) if swapped.alone => swapped.dirty,
+                // Somebody's write may have waited for a scheduler all the time.
+                Ok(_) => BlockSet::full(watched.geometry().block_count()),
                 Err(VolumeError::Refused { .. }) => {
                     watched.begin_anew(target, false);
                     BlockSet::full(watched.geometry().block_count())
@@ -73,10 +83,10 @@ impl Still<'_> {
         target: &Target,
         longest: &mut Duration,
         mut begin: Option<&mut dyn FnMut(&mut Watched)>,
-    ) -> Result<BlockSet, VolumeError> {
+    ) -> Result<Swapped, VolumeError> {
         let options = watched.options.clone();
         let mut quiet = Quiet::of(&options, self.guard)?;
-        if matches!(quiet, Quiet::Impossible) {
+        if target.bio_based && matches!(quiet, Quiet::Impossible) {
             let message = format!(
                 "{} is in use without a file system that could be frozen, and a moment is needed at which no write is under way",
                 options.device.display()
@@ -95,7 +105,7 @@ impl Still<'_> {
         }
         let mut all = BlockSet::new(watched.geometry().block_count());
         let mut tries = 0;
-        let (still, whole) = loop {
+        let (still, whole, alone) = loop {
             tries += 1;
             quiet.sync();
             let standing = quiet.begin(watched, &self.limits)?;
@@ -115,13 +125,13 @@ impl Still<'_> {
             let (time, whole) = standing.end();
             *longest = (*longest).max(time);
             if still.is_some() && whole || !alone || tries >= UNQUIET_MAX {
-                break (still, whole);
+                break (still, whole, alone);
             }
             // What was queued long before (discards) may have an end.
             drop(pause(UNQUIET_PAUSE));
         };
         let why = match (still.is_some(), whole) {
-            (true, true) => return Ok(all),
+            (true, true) => return Ok(Swapped { dirty: all, alone }),
             (false, _) => "it is written past its file system",
             (true, false) => "somebody else has thawed it",
         };
