@@ -38,7 +38,7 @@ use std::time::Duration;
 
 use crate::copy::{Last, Reader};
 use crate::evidence::{Completions, Marked};
-use crate::quiet::{PATIENCE_MAX, Quiet, Standing};
+use crate::quiet::{Look, PATIENCE_MAX, Quiet, Standing};
 use crate::still::Still;
 use crate::target::Target;
 use crate::tracker::{Watched, engine_error, io_at};
@@ -53,6 +53,9 @@ const QUEUE_GAIN: u64 = 2;
 pub(crate) const UNQUIET_MAX: u32 = 5;
 /// Between two of them that follow each other at once.
 pub(crate) const UNQUIET_PAUSE: Duration = Duration::from_millis(50);
+/// A look at all processes that takes longer is followed by one more round before the freeze; and how long it holds then.
+const LOOK_SHORT: Duration = Duration::from_millis(50);
+const LOOK_HOLDS: Duration = Duration::from_secs(5);
 /// A round that reads less says nothing of the device's speed.
 const TELLING_BYTES: u64 = 4 << 20;
 
@@ -141,8 +144,9 @@ struct State {
     drained: BlockSet,
     /// At the begin.
     completions: Option<Completions>,
-    /// Swaps are in freezes.
-    still: bool,
+    ends: Ends,
+    /// Who else can write, if that took long to find out.
+    looked: Option<Look>,
     /// Freezes in which something was written all the same.
     unquiet: u32,
     round: u32,
@@ -169,7 +173,11 @@ impl Ahead {
             fs::open_direct_read(&options.device).map_err(io_at("open", &options.device))?;
         let geometry = watched.geometry();
         let mut longest = Duration::ZERO;
-        let still = target.bio_based;
+        let ends = if target.bio_based {
+            Ends::InFreezes
+        } else {
+            Ends::Anywhere
+        };
         let how = Still {
             guard: &request.guard,
             limits: request.limits,
@@ -206,7 +214,8 @@ impl Ahead {
                 changed,
                 drained,
                 completions,
-                still,
+                ends,
+                looked: None,
                 unquiet: 0,
                 round: 0,
                 quiet: None,
@@ -281,7 +290,20 @@ impl Ahead {
             state.speed = Some(one.saturating_mul(QUEUE_GAIN));
         }
         if let Some(mut quiet) = state.quiet.take() {
-            return self.instant(state, &mut quiet, at_the_instant);
+            let looked = state.looked.take();
+            let fresh = |look: &Look| SystemClock.now().since(look.at) < LOOK_HOLDS;
+            let look = match looked.filter(fresh) {
+                Some(look) => look,
+                None => quiet.look(&self.options).map_err(source)?,
+            };
+            if look.took > LOOK_SHORT && looked.is_none() {
+                // There were many processes to look at. What was written meanwhile is not left to the freeze.
+                quiet.sync();
+                let dirty = self.drain(state)?;
+                (state.quiet, state.looked) = (Some(quiet), Some(look));
+                return Ok(Next::Copy(dirty));
+            }
+            return self.instant(state, (&mut quiet, look), at_the_instant);
         }
         let mut dirty = self.drain(state)?;
         if !self.fits(state, &dirty) && state.round < self.limits.rounds {
@@ -304,17 +326,23 @@ impl Ahead {
             guard: &self.guard,
             limits: self.limits,
         };
-        let dirty = if state.still {
+        let dirty = if state.ends == Ends::Anywhere {
+            state.watched.drain()
+        } else {
             let State {
                 watched,
                 target,
                 longest,
                 ..
             } = state;
-            let swapped = how.swap(watched, target, longest, None);
-            swapped.map_err(source)?.dirty
-        } else {
-            state.watched.drain()
+            let mut dirty = BlockSet::new(watched.geometry().block_count());
+            match how.swap(watched, target, longest, (None, &mut dirty)) {
+                Ok(_) => {}
+                // An image of no one moment is better than none.
+                Err(VolumeError::Refused { .. }) if !target.bio_based => state.ends = Ends::Loose,
+                Err(error) => return Err(source(error)),
+            }
+            dirty
         };
         state.add(&dirty);
         Ok(dirty)
@@ -349,7 +377,7 @@ impl Ahead {
     fn instant(
         &self,
         state: &mut State,
-        quiet: &mut Quiet,
+        (quiet, look): (&mut Quiet, Look),
         at_the_instant: &mut dyn FnMut(),
     ) -> Result<Next, SourceError> {
         let clock = SystemClock;
@@ -363,7 +391,9 @@ impl Ahead {
         let room = self.room_in_blocks(state, block);
         let memory = Last::memory_for(&self.reader.geometry, room);
         let began = clock.now();
-        let standing = quiet.begin(&state.watched, &self.limits).map_err(source)?;
+        let standing = quiet
+            .begin(&state.watched, &self.limits, look)
+            .map_err(source)?;
         let frozen = self.take_last(state, &standing, (room, memory), &prepared);
         let wall = clock.wall();
         if matches!(frozen, Ok(Taken::All(..))) {
@@ -379,7 +409,7 @@ impl Ahead {
             }
             Taken::Doubtful => return Err(SourceError::Revoked(RevokeCause::Distrusted)),
             Taken::Unseen => {
-                state.still = true;
+                state.ends = Ends::InFreezes;
                 state.round = 0;
                 return Ok(Next::Copy(state.drained.clone()));
             }
@@ -437,9 +467,11 @@ impl Ahead {
     ) -> Result<Taken, SourceError> {
         let alone = standing.is_alone();
         let (dirty, mut still) = state.drain_still(standing);
+        // Asked before anything is read: what waited for a scheduler then is not done.
+        let done = still.is_some() && (alone || state.watched.all_is_done(&state.target));
         // Where writers go on, only the next sample that is quiet by chance can tell: see `Belief::open_question`.
         if still.is_some()
-            && !state.still
+            && state.ends == Ends::Anywhere
             && state.completions != state.watched.completions(&state.target)
         {
             return Ok(Taken::Unseen);
@@ -453,11 +485,12 @@ impl Ahead {
         // Not a moment if something was written in it, by whomever.
         still = still.filter(|marked| state.watched.is_unmarked_since(*marked));
         let quiet = still.is_some();
-        if !quiet && alone && state.unquiet < UNQUIET_MAX {
+        let hopeless = state.target.bio_based && !alone;
+        if !quiet && !hopeless && state.unquiet < UNQUIET_MAX {
             return Ok(Taken::Unquiet(dirty));
         }
-        let sure = quiet && (alone || state.watched.all_is_done(&state.target));
-        if state.still && !sure {
+        let sure = quiet && done && state.ends != Ends::Loose;
+        if !sure && state.target.bio_based {
             return Err(no_moment());
         }
         if !state.watched.check(&state.target, closing(sure)) {
@@ -469,6 +502,8 @@ impl Ahead {
             .open_prepared(prepared)
             .map_err(|e| source(engine_error(e)))?;
         let moment = match (quiet, alone) {
+            // Early copies may be stale: completions went unseen, and nothing else could be leaned on.
+            _ if state.ends != Ends::Anywhere && !sure => Moment::None,
             (true, true) => Moment::Alone,
             (true, false) => Moment::Beside,
             (false, _) => Moment::None,
@@ -483,7 +518,6 @@ impl Ahead {
         let mut state = self.lock();
         let state = &mut *state;
         let mut quiet = Quiet::of(&self.options, &self.guard).map_err(source)?;
-        quiet.sync();
         let opens = state.watched.fresh();
         let prepared = state
             .watched
@@ -491,10 +525,15 @@ impl Ahead {
             .prepare_generation(opens, SystemClock.wall(), self.base)
             .map_err(|e| source(engine_error(e)))?;
         let (standing, quiet) = loop {
-            let standing = quiet.begin(&state.watched, &self.limits).map_err(source)?;
+            let look = quiet.look(&self.options).map_err(source)?;
+            quiet.sync();
+            let standing = quiet
+                .begin(&state.watched, &self.limits, look)
+                .map_err(source)?;
             let (_, still) = state.drain_still(&standing);
-            if still.is_some() || !standing.is_alone() || state.unquiet >= UNQUIET_MAX {
-                let alone = standing.is_alone();
+            let alone = standing.is_alone();
+            let hopeless = state.target.bio_based && !alone;
+            if still.is_some() || hopeless || state.unquiet >= UNQUIET_MAX {
                 let sure = || alone || state.watched.all_is_done(&state.target);
                 break (standing, still.is_some() && sure());
             }
@@ -503,7 +542,7 @@ impl Ahead {
             drop(pause(UNQUIET_PAUSE));
         };
         // Where nobody tells when a write is done, an instant without such a moment is none.
-        if state.still && !quiet {
+        if state.ends != Ends::Anywhere && !quiet {
             state.longest = state.longest.max(standing.end().0);
             return Err(no_moment());
         }
@@ -570,6 +609,17 @@ const fn closing(quiet: bool) -> Occasion {
     } else {
         Occasion::Closing
     }
+}
+
+/// Where the kernel's generations end, in this backup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ends {
+    /// Anywhere: what is under way is marked once more when it is done.
+    Anywhere,
+    /// In freezes: nobody tells when a write is done, or not always.
+    InFreezes,
+    /// In freezes, and one did not: copies may be stale, and nobody can tell.
+    Loose,
 }
 
 impl State {

@@ -130,19 +130,23 @@ fn explained(target: &Target, error: VolumeError) -> VolumeError {
 
 /// The fence, if nobody uses the device, and nobody has it open so that he could write: the fence itself does not keep him away.
 pub(crate) fn fence(options: &VolumeOptions) -> Result<Option<Fenced>, VolumeError> {
+    // First: as long as the fence is ours a mount is refused, and there may be many processes to look at.
+    if writers_of(options)?.is_empty() {
+        claim(options)
+    } else {
+        Ok(None)
+    }
+}
+
+/// The fence, if nobody else has claimed the device.
+pub(crate) fn claim(options: &VolumeOptions) -> Result<Option<Fenced>, VolumeError> {
     let path = &options.device;
-    let taken = match Fenced::try_take(path) {
-        Ok(taken) => taken,
-        Err(SysError::Unfit { on, why }) => {
-            return Err(VolumeError::Device {
-                source: DeviceError::Unfit { path: on, why },
-            });
-        }
-        Err(e) => return Err(io_at("open", path)(e)),
-    };
-    match taken {
-        Some(_) if !writers_of(options)?.is_empty() => Ok(None),
-        other => Ok(other),
+    match Fenced::try_take(path) {
+        Ok(taken) => Ok(taken),
+        Err(SysError::Unfit { on, why }) => Err(VolumeError::Device {
+            source: DeviceError::Unfit { path: on, why },
+        }),
+        Err(e) => Err(io_at("open", path)(e)),
     }
 }
 

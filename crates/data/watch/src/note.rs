@@ -17,19 +17,18 @@ pub(crate) struct FreezeNote {
     memory: Arc<dyn Memory>,
     /// Boot clock, nanoseconds; not 0.
     since: u64,
-    /// What stood there before: of a freeze that may yet come to be.
-    before: u64,
 }
 
 impl FreezeNote {
     /// Notes in the marks' `memory` that a freeze is about to be asked for.
     pub(crate) fn begin(memory: &Arc<dyn Memory>, since: u64) -> Self {
         let since = since.max(1);
-        let word = memory.words().get(watch::FROZEN_SINCE);
+        if let Some(word) = memory.words().get(watch::FROZEN_SINCE) {
+            word.store(since, Ordering::SeqCst);
+        }
         Self {
             memory: Arc::clone(memory),
             since,
-            before: word.map_or(0, |w| w.swap(since, Ordering::SeqCst)),
         }
     }
 
@@ -43,8 +42,7 @@ impl FreezeNote {
     /// It is known to be over. A note that another freeze has made since stays.
     pub(crate) fn take_back(self) {
         if let Some(word) = self.memory.words().get(watch::FROZEN_SINCE) {
-            let (from, to) = (self.since, self.before);
-            let _another = word.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst);
+            let _another = word.compare_exchange(self.since, 0, Ordering::SeqCst, Ordering::SeqCst);
         }
     }
 }
@@ -68,7 +66,12 @@ impl LeftOver {
 
     /// Whether nobody can be at it any more: its time is over, and the guard that was asked last is gone.
     pub(crate) fn is_over(self, longest: Duration) -> bool {
-        self.age > longest && !is_guard(self.guard)
+        self.age > longest && !self.is_under_way()
+    }
+
+    /// Whether the guard that was asked last lives: no other freeze may be noted in the place of its own.
+    pub(crate) fn is_under_way(self) -> bool {
+        is_guard(self.guard)
     }
 }
 

@@ -19,16 +19,16 @@ use blktide_sys::clock::SystemClock;
 use blktide_sys::fence::Fenced;
 use blktide_sys::fs;
 use blktide_sys::mounts::{DeviceNumber, Reachable};
-use blktide_types::clock::Clock;
+use blktide_types::clock::{Clock, Instant};
 use blktide_volume::error::Refusal;
 use blktide_volume::{VolumeError, VolumeOptions};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use crate::ahead::FreezeLimits;
-use crate::attach::{fence, writers_of};
+use crate::attach::{claim, fence, writers_of};
 use crate::guard::{Frozen, Guard, GuardError, LIMIT_MAX};
-use crate::note::FreezeNote;
+use crate::note::{FreezeNote, LeftOver};
 use crate::tracker::{Watched, io_at};
 use blktide_sys::spawn::Program;
 
@@ -68,6 +68,16 @@ pub(crate) fn thaw_left_over(options: &VolumeOptions) {
     }
 }
 
+/// Who else can write, and when that was looked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Look {
+    /// Nobody, as far as is known.
+    alone: bool,
+    /// Its end.
+    pub(crate) at: Instant,
+    pub(crate) took: Duration,
+}
+
 /// Whether a kind of file system can be frozen (vfat and squashfs cannot).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Freezing {
@@ -98,10 +108,8 @@ impl Quiet {
         let mut systems: Vec<Mounted> = Vec::new();
         for mount in &mounts {
             if !is_one_of(&systems, mount)
-                && let Some(mut mounted) = Mounted::of(mount, program)?
+                && let Some(mounted) = Mounted::of(mount, program)?
             {
-                let mut its = mounts.iter().filter(|m| m.mount.device == mounted.number);
-                mounted.read_only = its.all(|m| m.mount.read_only);
                 systems.push(mounted);
             }
         }
@@ -133,24 +141,58 @@ impl Quiet {
         }
     }
 
+    /// Looks who else can write, just before [`Self::begin`]. Waits: there may be many processes to look at.
+    ///
+    /// Errors: `Refused` with `in-use`: somebody has come since it was decided how to make it stand still.
+    pub(crate) fn look(&mut self, options: &VolumeOptions) -> Result<Look, VolumeError> {
+        let come = |what: &str| {
+            let message = format!("{} {what} during the backup", options.device.display());
+            crate::tracker::refused(Refusal::InUse, message)
+        };
+        let from = SystemClock.now();
+        let mut alone = writers_of(options)?.is_empty();
+        match self {
+            Self::Freeze(systems) => {
+                let mounts = mounts_of(options)?;
+                if !mounts.iter().all(|mount| is_one_of(systems, mount)) {
+                    return Err(come("was mounted once more"));
+                }
+                for system in systems {
+                    let mut its = mounts.iter().filter(|m| m.mount.device == system.number);
+                    system.read_only = its.all(|m| m.mount.read_only);
+                }
+            }
+            Self::Fence if !alone => return Err(come("was taken into use")),
+            Self::Fence => {}
+            Self::Impossible => alone = false,
+        }
+        let at = SystemClock.now();
+        Ok(Look {
+            alone,
+            at,
+            took: at.since(from),
+        })
+    }
+
     /// Stands still from here on, for the limit at most. Waits: for the file system's own flush.
     pub(crate) fn begin(
         &mut self,
         watched: &Watched,
         limits: &FreezeLimits,
+        look: Look,
     ) -> Result<Standing<'_>, VolumeError> {
         let options = &watched.options;
         let path = &options.device;
-        let come = |what: &str| {
-            let message = format!("{} {what} during the backup", path.display());
+        let busy = |what: &str| {
+            let message = format!("{} {what}", path.display());
             crate::tracker::refused(Refusal::InUse, message)
         };
         match self {
             Self::Freeze(systems) => {
-                if !mounts_of(options)?.iter().all(|m| is_one_of(systems, m)) {
-                    return Err(come("was mounted once more"));
+                if watched.left_over().is_some_and(LeftOver::is_under_way) {
+                    return Err(busy("is still being frozen by a backup that was given up"));
                 }
-                let mut alone = writers_of(options)?.is_empty();
+                let mut alone = look.alone;
                 // Said before, so that whoever comes after us and our guards knows.
                 let note = watched.note_freeze(SystemClock.now());
                 let patience = limits.patience.min(PATIENCE_MAX);
@@ -176,13 +218,13 @@ impl Quiet {
                 all.extend(frozen(systems, calls.into_iter()));
                 Ok(Standing::Frozen { all, note, alone })
             }
-            Self::Fence => match fence(options)? {
+            Self::Fence => match claim(options)? {
                 Some(fence) => {
                     // What was written to the node and lies in its page cache belongs to this moment.
                     drop(fs::sync_data(&**fence.file()));
                     Ok(Standing::Fenced(fence))
                 }
-                None => Err(come("was taken into use")),
+                None => Err(busy("was taken into use during the backup")),
             },
             Self::Impossible => Ok(Standing::Moving),
         }

@@ -23,12 +23,13 @@ pub(crate) struct Still<'a> {
     pub(crate) limits: FreezeLimits,
 }
 
-/// What a swap has brought.
-pub(crate) struct Swapped {
-    /// What was drained.
-    pub(crate) dirty: BlockSet,
-    /// Nobody else could have written.
-    alone: bool,
+/// What is done inside a freeze, with the volume.
+type Begin<'a> = &'a mut dyn FnMut(&mut Watched);
+
+/// Whether somebody else could have written, as far as is known.
+pub(crate) enum Company {
+    None,
+    Some,
 }
 
 impl Still<'_> {
@@ -42,7 +43,9 @@ impl Still<'_> {
     ) -> Result<(Option<Completions>, BlockSet), VolumeError> {
         let mut completions = watched.completions(target);
         let swapped = if target.bio_based {
-            self.swap(watched, target, longest, None)?.dirty
+            let mut dirty = BlockSet::new(watched.geometry().block_count());
+            self.swap(watched, target, longest, (None, &mut dirty))?;
+            dirty
         } else {
             watched.drain()
         };
@@ -56,11 +59,12 @@ impl Still<'_> {
                 watched.begin_anew(target, true);
                 completions = watched.completions(target);
             };
-            let begun = self.swap(watched, target, longest, Some(&mut anew));
+            let mut more = BlockSet::new(watched.geometry().block_count());
+            let begun = self.swap(watched, target, longest, (Some(&mut anew), &mut more));
             drained = match begun {
-                Ok(swapped) if swapped.alone => swapped.dirty,
+                Ok(Company::None) => more,
                 // Somebody's write may have waited for a scheduler all the time.
-                Ok(_) => BlockSet::full(watched.geometry().block_count()),
+                Ok(Company::Some) => BlockSet::full(watched.geometry().block_count()),
                 Err(VolumeError::Refused { .. }) => {
                     watched.begin_anew(target, false);
                     BlockSet::full(watched.geometry().block_count())
@@ -76,14 +80,16 @@ impl Still<'_> {
     /// `begin` is called in it, and begins the evidence. Should a write have waited for a scheduler then, its end is one sector too many
     /// of the kernel's, and the first completion that goes unseen ends the belief.
     ///
+    /// Adds what was drained to `drained`, whatever comes of it.
+    ///
     /// Errors: `Refused`: it cannot be made to stand still, or did not until the end.
     pub(crate) fn swap(
         &self,
         watched: &mut Watched,
         target: &Target,
         longest: &mut Duration,
-        mut begin: Option<&mut dyn FnMut(&mut Watched)>,
-    ) -> Result<Swapped, VolumeError> {
+        (mut begin, drained): (Option<Begin<'_>>, &mut BlockSet),
+    ) -> Result<Company, VolumeError> {
         let options = watched.options.clone();
         let mut quiet = Quiet::of(&options, self.guard)?;
         if target.bio_based && matches!(quiet, Quiet::Impossible) {
@@ -103,15 +109,15 @@ impl Still<'_> {
             );
             return Err(refused(Refusal::Unwatchable, message));
         }
-        let mut all = BlockSet::new(watched.geometry().block_count());
         let mut tries = 0;
         let (still, whole, alone) = loop {
             tries += 1;
+            let look = quiet.look(&options)?;
             quiet.sync();
-            let standing = quiet.begin(watched, &self.limits)?;
+            let standing = quiet.begin(watched, &self.limits, look)?;
             let alone = standing.is_alone();
             let (dirty, mut still) = watched.drain_still(target, alone);
-            all.union_with(&dirty);
+            drained.union_with(&dirty);
             if let Some(marked) = still {
                 let sure = match &mut begin {
                     Some(begin) => {
@@ -124,14 +130,16 @@ impl Still<'_> {
             }
             let (time, whole) = standing.end();
             *longest = (*longest).max(time);
-            if still.is_some() && whole || !alone || tries >= UNQUIET_MAX {
+            let hopeless = target.bio_based && !alone;
+            if still.is_some() && whole || hopeless || tries >= UNQUIET_MAX {
                 break (still, whole, alone);
             }
             // What was queued long before (discards) may have an end.
             drop(pause(UNQUIET_PAUSE));
         };
         let why = match (still.is_some(), whole) {
-            (true, true) => return Ok(Swapped { dirty: all, alone }),
+            (true, true) if alone => return Ok(Company::None),
+            (true, true) => return Ok(Company::Some),
             (false, _) => "it is written past its file system",
             (true, false) => "somebody else has thawed it",
         };

@@ -104,8 +104,7 @@ impl Watched {
         watched.lock = Some(lock);
         let fresh = (watched.fresh(), SystemClock.wall());
         watched.control.adopt(fresh);
-        let head = |index| watched.marks.word(index);
-        if let Some(left) = LeftOver::of(&head, SystemClock.now()) {
+        if let Some(left) = watched.left_over() {
             thaw_left_over(options);
             // One that is not complete cannot be thawed yet: it is tried at the next opening as well.
             if left.is_over(LEFT_OVER) {
@@ -155,6 +154,11 @@ impl Watched {
     /// Unit of one bit that the kernel marks.
     pub const fn grain(&self) -> BlockSize {
         self.marks.shape().grain
+    }
+
+    /// A freeze that is noted in the kernel's memory.
+    pub(crate) fn left_over(&self) -> Option<LeftOver> {
+        LeftOver::of(&|index| self.marks.word(index), SystemClock.now())
     }
 
     /// Notes in the kernel's memory that a freeze of ours may begin.

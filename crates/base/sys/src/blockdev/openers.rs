@@ -73,9 +73,9 @@ fn fact_of(fd: &Path, name: &str) -> Option<String> {
 }
 
 /// File systems that answer out of this machine's memory and disks: asking them of a file waits for nobody.
-const LOCAL: [&str; 15] = [
+const LOCAL: [&str; 14] = [
     "devtmpfs", "tmpfs", "ramfs", "rootfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs",
-    "bcachefs", "zfs", "overlay", "squashfs", "erofs",
+    "bcachefs", "zfs", "squashfs", "erofs",
 ];
 
 /// Where nodes of devices may lie, and what those of some devices are called.
