@@ -23,10 +23,10 @@ use blktide_sys::clock::SystemClock;
 use blktide_sys::event::pause;
 use blktide_sys::fs;
 use blktide_sys::spawn::Program;
-use blktide_types::clock::{Clock, WallTime};
+use blktide_types::clock::Clock;
 use blktide_types::geometry::Geometry;
 use blktide_types::id::GenerationName;
-use blktide_types::io::{BlockOutcome, BlockRead, RevokeCause, SnapshotRead, SourceError};
+use blktide_types::io::{BlockOutcome, RevokeCause, SourceError};
 use blktide_types::range::BlockRange;
 use blktide_types::set::BlockSet;
 use blktide_volume::message::Distrust;
@@ -38,7 +38,9 @@ use std::time::Duration;
 
 use crate::copy::{Last, Reader};
 use crate::evidence::{Completions, Marked};
-use crate::quiet::{Look, PATIENCE_MAX, Quiet, Standing};
+use crate::image::InstantImage;
+use crate::limits::{FreezeLimits, OverBudget};
+use crate::quiet::{Look, Quiet, Standing};
 use crate::still::Still;
 use crate::target::Target;
 use crate::tracker::{Watched, engine_error, io_at};
@@ -58,42 +60,6 @@ const LOOK_SHORT: Duration = Duration::from_millis(50);
 const LOOK_HOLDS: Duration = Duration::from_secs(5);
 /// A round that reads less says nothing of the device's speed.
 const TELLING_BYTES: u64 = 4 << 20;
-
-/// How long a volume may stand still for a backup.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FreezeLimits {
-    /// What a freeze is to last at most, as far as it can be foreseen.
-    pub budget: Duration,
-    /// Then it is thawed whatever happens: the guard's dead man's limit.
-    pub limit: Duration,
-    /// How long the freezing call may take, in which the file system writes what is dirty; cut to 60 s. Writers wait meanwhile.
-    pub patience: Duration,
-    /// What if what is left does not fit the budget.
-    pub over: OverBudget,
-    /// Rounds of copying before it is said that it never will.
-    pub rounds: u32,
-}
-
-impl Default for FreezeLimits {
-    fn default() -> Self {
-        Self {
-            budget: Duration::from_millis(100),
-            limit: Duration::from_secs(5),
-            patience: PATIENCE_MAX,
-            over: OverBudget::GiveUp,
-            rounds: 30,
-        }
-    }
-}
-
-/// What happens if what is left does not fit the budget.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OverBudget {
-    /// The backup ends; nothing is lost.
-    GiveUp,
-    /// It is frozen for longer, up to the limit.
-    Longer,
-}
 
 /// What a backup of a watched volume asks for.
 #[derive(Clone, Debug)]
@@ -135,8 +101,8 @@ pub struct Ahead {
 }
 
 #[derive(Debug)]
-struct State {
-    watched: Watched,
+pub(crate) struct State {
+    pub(crate) watched: Watched,
     target: Target,
     wanted: BlockSet,
     changed: Option<BlockSet>,
@@ -654,92 +620,4 @@ fn no_moment() -> SourceError {
 
 fn source(error: VolumeError) -> SourceError {
     SourceError::Io(io::Error::other(error))
-}
-
-/// The image's instant: what is wanted of it, and the blocks that were read in it.
-#[derive(Debug)]
-pub struct InstantImage {
-    reader: Arc<Reader>,
-    /// The volume's control side, for as long as the image is being stored.
-    state: Arc<Mutex<State>>,
-    wanted: BlockSet,
-    changed: Option<BlockSet>,
-    opened: GenerationName,
-    instant: WallTime,
-    consistency: Consistency,
-    longest_freeze: Duration,
-    last_blocks: BlockSet,
-    last: Last,
-}
-
-impl InstantImage {
-    /// The generation that opened at the instant.
-    pub const fn opened(&self) -> GenerationName {
-        self.opened
-    }
-
-    /// When it was.
-    pub const fn instant(&self) -> WallTime {
-        self.instant
-    }
-
-    /// How quiet the volume was.
-    pub const fn consistency(&self) -> Consistency {
-        self.consistency
-    }
-
-    /// The longest that the volume stood still for it.
-    pub const fn longest_freeze(&self) -> Duration {
-        self.longest_freeze
-    }
-
-    /// The blocks whose early copies are void: they are here.
-    pub const fn last_blocks(&self) -> &BlockSet {
-        &self.last_blocks
-    }
-
-    /// A full image was committed: from its instant on the tracker is trusted. False if that has been forgotten.
-    pub fn trust(&self) -> bool {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.watched.trust(self.opened)
-    }
-}
-
-impl BlockRead for InstantImage {
-    fn geometry(&self) -> Geometry {
-        self.reader.geometry
-    }
-
-    /// Only [`Self::last_blocks`]; may be asked again.
-    fn read_blocks(
-        &self,
-        range: BlockRange,
-        buf: &mut [u8],
-    ) -> Result<Vec<BlockOutcome>, SourceError> {
-        let size = self.reader.geometry.block_size().bytes_usize();
-        let whole = usize::try_from(range.count().0)
-            .ok()
-            .and_then(|n| n.checked_mul(size));
-        let copied = (whole == Some(buf.len()))
-            .then(|| self.last.copy(range, size, buf))
-            .flatten();
-        copied.ok_or_else(|| {
-            let why = "blocks that were not read in the freeze";
-            SourceError::Io(io::Error::new(io::ErrorKind::InvalidInput, why))
-        })
-    }
-}
-
-impl SnapshotRead for InstantImage {
-    fn wanted(&self) -> &BlockSet {
-        &self.wanted
-    }
-
-    fn changed(&self) -> Option<&BlockSet> {
-        self.changed.as_ref()
-    }
-
-    fn finish(&self) -> Result<(), SourceError> {
-        Ok(())
-    }
 }

@@ -25,15 +25,12 @@ use blktide_volume::{VolumeError, VolumeOptions};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use crate::ahead::FreezeLimits;
 use crate::attach::{claim, fence, writers_of};
 use crate::guard::{Frozen, Guard, GuardError, LIMIT_MAX};
+use crate::limits::{FreezeLimits, PATIENCE_MAX};
 use crate::note::{FreezeNote, LeftOver};
 use crate::tracker::{Watched, io_at};
 use blktide_sys::spawn::Program;
-
-/// Longest that the freeze call itself may take.
-pub(crate) const PATIENCE_MAX: Duration = Duration::from_secs(60);
 
 /// How a volume is made to stand still.
 #[derive(Debug)]

@@ -10,9 +10,10 @@ use blktide_volume::VolumeError;
 use blktide_volume::error::Refusal;
 use std::time::Duration;
 
-use crate::ahead::{FreezeLimits, UNQUIET_MAX, UNQUIET_PAUSE};
+use crate::ahead::{UNQUIET_MAX, UNQUIET_PAUSE};
 use crate::attach::writers_of;
 use crate::evidence::Completions;
+use crate::limits::FreezeLimits;
 use crate::quiet::Quiet;
 use crate::target::Target;
 use crate::tracker::{Watched, refused};
