@@ -7,7 +7,10 @@ SELF=$(realpath "$0")
 . "$(dirname "$SELF")/lib.sh"
 
 if [ -z "${VMRUN:-}" ]; then
-    in_vm --modules fuse,loop,dm-mod,vfat,nls_cp437,nls_iso8859-1,nls_ascii,nls_utf8 --disk 64M,bus=scsi --disk 64M --disk 256M
+    truncate -s 64M "$WORK/nvme.raw"
+    in_vm --modules fuse,loop,dm-mod,vfat,nls_cp437,nls_iso8859-1,nls_ascii,nls_utf8,nd_pmem,nd_e820 \
+        --disk 64M,bus=scsi --disk 64M --disk 256M --append 'memmap=64M!512M' \
+        --qemu-arg=-drive --qemu-arg="file=$WORK/nvme.raw,if=none,id=nvme0,format=raw" --qemu-arg=-device --qemu-arg=nvme,drive=nvme0,serial=blktide
     exit
 fi
 
@@ -35,10 +38,19 @@ fcntl.ioctl(os.open(sys.argv[1], os.O_RDWR), 0x2285, header)
 END
 }
 
+# The same to an NVMe namespace: a flush.
+nvme_flush() {
+    python3 - "$1" <<'END'
+import fcntl, os, struct, sys
+command = bytearray(struct.pack("@BBHIIIQQII6III", 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
+fcntl.ioctl(os.open(sys.argv[1], os.O_RDWR), 0xC0484E43, command)
+END
+}
+
 mkfs.ext4 -q /dev/vdb
 mount /dev/vdb /mnt
 instance /mnt
-for disk in sda vda; do
+for disk in sda vda nvme0n1; do
     mkfs.ext4 -q -F "/dev/$disk"
     blktidectl volume add "$disk" --device "/dev/$disk" --mode watch --yes --quiet
     backup "$disk" full
@@ -47,6 +59,20 @@ done
 
 sg_io /dev/sda
 named sda passthrough
+nvme_flush /dev/nvme0n1
+named nvme0n1 passthrough
+blktidectl detach nvme0n1 --yes --quiet
+
+# refused DEVICE PATTERN: it is not attached, and this is said.
+refused() {
+    if blktidectl volume add other --device "$1" --mode watch --yes >/run/said 2>&1; then fail "$1 was attached"; fi
+    grep -q "$2" /run/said || fail "$2 is not named: $(cat /run/said)"
+}
+modprobe null_blk nr_devices=1 gb=1 zoned=1 zone_size=64
+until_ok 60 test -b /dev/nullb0
+refused /dev/nullb0 'a zoned device'
+until_ok 60 test -b /dev/pmem0
+refused /dev/pmem0 '\[dax\]'
 
 # A virtio disk is asked for its serial number by a command of that kind whenever somebody reads it, and takes none from anybody.
 cat /sys/block/vda/serial >/dev/null
@@ -87,4 +113,4 @@ backup boot incremental
 consistency frozen
 restore boot@latest /run/boot.raw
 cmp -i $((83968 * 512)):0 -n $((40960 * 512)) /run/boot.raw /dev/vda2 || fail "the partition that was not frozen is not in the image"
-echo "figure: named: ${told#, }, stacked, holders; a virtio disk's serial number is no reason; a disk with a partition that cannot be frozen: instant"
+echo "figure: named: ${told#, }, stacked, holders; zoned, DAX: refused; a virtio disk's serial number is no reason; a disk with a partition that cannot be frozen: instant"
