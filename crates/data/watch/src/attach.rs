@@ -15,7 +15,6 @@ use blktide_engine::Engine;
 use blktide_engine::evidence::Occasion;
 use blktide_format::shared::{self, Shape, WatchShape, control};
 use blktide_sys::blockdev::{BlockDevice, Opener};
-use blktide_sys::clock::SystemRandom;
 use blktide_sys::fence::Fenced;
 use blktide_sys::{SysError, fs};
 use blktide_types::geometry::Geometry;
@@ -27,7 +26,7 @@ use blktide_volume::{VolumeError, VolumeOptions};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::counters::{Counters, Running};
+use crate::counters::Running;
 use crate::marker::{Marker, Plan, grain_for};
 use crate::marks::Marks;
 use crate::memory::PinnedMemory;
@@ -236,16 +235,7 @@ fn load(
     );
     let engine = Engine::create(&control, &banks, shape).map_err(engine_error)?;
     marker.run(unfinished)?;
-    Ok(Watched {
-        counters: Counters::open(&pins)?,
-        control: engine.control(),
-        options: options.clone(),
-        random: SystemRandom::new(),
-        lock: None,
-        pins,
-        marks,
-        engine,
-    })
+    Watched::of_parts(options, pins, marks, engine)
 }
 
 /// How a volume was left.

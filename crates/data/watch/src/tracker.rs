@@ -134,6 +134,16 @@ impl Watched {
             return Err(not_attached(options));
         }
         let marks = Marks::new(PinnedMemory::open(&pins, "marks")?)?;
+        Self::of_parts(options, pins, marks, engine)
+    }
+
+    /// Of what was opened, or made. It has no lock yet.
+    pub(crate) fn of_parts(
+        options: &VolumeOptions,
+        pins: Pins,
+        marks: Marks,
+        engine: Engine,
+    ) -> Result<Self, VolumeError> {
         Ok(Self {
             counters: Counters::open(&pins)?,
             control: engine.control(),
