@@ -62,7 +62,7 @@ impl Cgroup {
 
     /// Writes blocks of 4 KiB at random to `target`, inside it, with more `options` of fio's, until it is told to end.
     pub fn write(&self, target: &Path, options: &str) -> Result<Running> {
-        let fio = "exec fio --name=load --rw=randwrite --bs=4k --direct=1 --ioengine=libaio --time_based --runtime=1000 --minimal";
+        let fio = "exec fio --thread --name=load --rw=randwrite --bs=4k --direct=1 --ioengine=libaio --time_based --runtime=1000 --minimal";
         let script = format!(
             "{}; {fio} --filename={} {options}",
             self.line(),
